@@ -1,0 +1,1 @@
+"""Adapters for frameworks, installed as ``rag_blockcache.integrations``; each an optional extra."""

@@ -1,0 +1,1 @@
+"""LangChain adapter (not part of this release)."""

@@ -1,0 +1,1 @@
+"""LlamaIndex adapter (not part of this release)."""

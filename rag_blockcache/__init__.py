@@ -1,0 +1,31 @@
+"""Answers over retrieved passages with the first token early: passages are prefilled once.
+
+Modules in reading order: ``passages`` (texts and their tokens), ``prompt`` (chat template to segments),
+``kv_states`` and ``rotary`` (what is stored, and how it moves), ``model`` (what we need to know of a
+transformers model), ``encoder`` (blocks to KV states), ``store`` (memory and disk), ``assembler`` (KV states
+to a context), ``reuse`` (how much is computed again), ``generator`` (context to tokens), ``block_cache``
+(the public face). Beside them: ``retriever``, ``manifest`` and ``jobs`` (documents to a prefilled index).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rag_blockcache.block_cache import BlockCache
+    from rag_blockcache.passages import Passage
+
+_HOMES = {
+    "BlockCache": "rag_blockcache.block_cache",
+    "Passage": "rag_blockcache.passages",
+}
+
+__all__ = ["BlockCache", "Passage"]  # the documentation describes exactly these, beside the modules
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that importing the package stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Measurements: time to first token and FLOPs by length, prefill throughput, peak memory."""

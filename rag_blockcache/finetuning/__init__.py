@@ -1,0 +1,1 @@
+"""Block fine-tuning: data, mask and training (not part of this release)."""

@@ -1,0 +1,1 @@
+"""Offline jobs: documents in, a searchable index and prefilled blocks out."""
