@@ -56,6 +56,7 @@ docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP) ## measure on this machine, and write the tables anew
+	$(BIN)/python tests/benchmarks
 	$(BIN)/python docs/generate_benchmarks.py
 
 constraints: ## pin in constraints.txt what .venv holds

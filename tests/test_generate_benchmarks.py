@@ -1,0 +1,61 @@
+"""The tables of the documentation come from result files, and a page that fell behind is found."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = "# Numbers\n\n<!-- generated: latency -->\n<!-- end generated -->\n\nText after.\n"
+RESULT = {
+    "command": "make bench",
+    "hardware": {"cpu": "two cores"},
+    "versions": {"torch": "2.13.0"},
+    "rows": [{"num_tokens": 8000, "ttft_seconds": 0.52, "stored_bytes": 3 * 2**20, "speedup": 52.123}],
+}
+
+
+@pytest.fixture
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_benchmarks", ROOT / "docs/generate_benchmarks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def project(generator, monkeypatch, tmp_path):
+    """A project of one page and one result file; return the page."""
+    (tmp_path / "docs/benchmarks").mkdir(parents=True)
+    (tmp_path / "docs/benchmarks/latency.json").write_text(json.dumps(RESULT))
+    (tmp_path / "page.md").write_text(PAGE)
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    monkeypatch.setattr(generator, "PAGES", ("page.md",))
+    return tmp_path / "page.md"
+
+
+def test_numbers_are_shown_with_their_units(generator, project):
+    assert generator.main([]) == 0
+    text = project.read_text()
+    assert "| num tokens | ttft | stored | speedup |" in text
+    assert "| 8,000 | 520 ms | 3.1 MB | 52.1 |" in text
+    assert "`make bench` on two cores; torch 2.13.0." in text
+    assert text.endswith("<!-- end generated -->\n\nText after.\n")
+
+
+def test_columns_pick_order_and_name(generator):
+    drawn = generator.table(RESULT | {"columns": {"speedup": "sooner", "num_tokens": "tokens"}})
+    assert drawn.startswith("| sooner | tokens |\n| ---: | ---: |\n| 52.1 | 8,000 |\n")
+
+
+def test_a_page_that_fell_behind_is_named(generator, project, capsys):
+    assert generator.main(["--check"]) == 1
+    assert "page.md" in capsys.readouterr().err
+    assert project.read_text() == PAGE  # a check writes nothing
+    generator.main([])
+    assert generator.main(["--check"]) == 0
+
+
+def test_what_was_never_measured_says_so(generator, tmp_path):
+    assert "Not measured yet" in generator.filled_in(PAGE, tmp_path)
