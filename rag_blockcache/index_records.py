@@ -1,0 +1,102 @@
+"""What the manifest keeps on record of an index: values only, see ``manifest``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """What an index was made with. Except for the model's name, a change asks for another index.
+
+    Attributes:
+        model: Name or path of the language model.
+        fingerprint: Everything that the KV states depend on, see ``BlockCache.fingerprint``.
+        embedder: Name or path of the embedding model.
+        passage_format: How a passage is shown to the model.
+        splitting: Options of the splitter, in words.
+    """
+
+    model: str
+    fingerprint: str
+    embedder: str
+    passage_format: str
+    splitting: str
+
+
+@dataclass(frozen=True)
+class PassageRecord:
+    """One passage of a document: its content id, and the block that the model reads in its place."""
+
+    passage_id: str
+    block_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class DocumentRecord:
+    """One document as it was split.
+
+    Attributes:
+        document_id: Where it came from.
+        content_hash: Changes when the document does.
+        passages: In reading order; a passage may occur twice.
+        refusals: Why other parts of it could not become passages.
+    """
+
+    document_id: str
+    content_hash: str
+    passages: tuple[PassageRecord, ...]
+    refusals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassageState:
+    """A passage that some document holds, and how far its work has come.
+
+    Attributes:
+        passage_id: Its content id.
+        block_id: Name of its KV states.
+        num_tokens: Length of its block.
+        num_documents: How many documents hold it; at least one.
+        is_embedded: Its vector is saved.
+        is_done: Its block was encoded and stored.
+    """
+
+    passage_id: str
+    block_id: str
+    num_tokens: int
+    num_documents: int
+    is_embedded: bool
+    is_done: bool
+
+
+@dataclass(frozen=True)
+class PendingBlock:
+    """A block to encode, and a passage that it is the block of."""
+
+    block_id: str
+    num_tokens: int
+    passage_id: str
+
+
+@dataclass(frozen=True)
+class Released:
+    """What lost its last reference: ids of passages and of blocks."""
+
+    passages: frozenset[str] = frozenset()
+    blocks: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ManifestCounts:
+    """How much there is, and how much is left to do; only what some document holds counts."""
+
+    num_documents: int
+    num_passages: int
+    num_shared_passages: int
+    num_pending_passages: int
+    num_blocks: int
+    num_tokens: int
+    num_pending_blocks: int
+    num_pending_tokens: int
