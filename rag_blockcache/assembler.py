@@ -1,0 +1,201 @@
+"""KV states to one preallocated context: rotate and place in one pass, in a form that transformers accepts.
+
+A context is a run of token slots. A slot is *placed* (its keys and values come from a stored block, moved to its
+position) or *computed* (a forward pass writes them). Computed slots may stand anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from rag_blockcache.kv_states import KVStates
+from rag_blockcache.model import Layer, Model
+from rag_blockcache.rotary import Angles, rotate_keys
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the states of a block go: its first token at ``offset`` in the prompt."""
+
+    states: KVStates
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive layers that share a device and a rotary encoding, so that one operation moves them all."""
+
+    start: int
+    stop: int
+    layer: Layer
+    keys: Tensor  # (num_layers of the run, batch, num_kv_heads, num_slots, head_dim)
+    values: Tensor
+
+
+class Context(Cache):  # type: ignore[misc]
+    """Preallocated keys and values of a batch of prompts, usable as a cache of transformers.
+
+    Rows end at the same slot: a shorter prompt begins later, at ``starts[row]``. Slots before that hold no token.
+
+    Args:
+        model: The model that will attend to it.
+        lengths: Tokens of each prompt.
+        room: Slots kept free behind the prompts, for the answer; more are made when they run out.
+        scratch: Slots in front of all prompts, for computed tokens that only fill up a shorter row.
+    """
+
+    def __init__(self, model: Model, lengths: Sequence[int], *, room: int = 0, scratch: int = 0) -> None:
+        self.length = scratch + max(lengths)  # slots in use; all rows end here
+        self.starts = [self.length - length for length in lengths]
+        self._slots: Tensor | slice = slice(0, 0)
+        self._end = 0
+        self._runs = list(_allocate(model, len(lengths), self.length + room))
+        layers = [
+            _ContextLayer(self, run.keys[i], run.values[i]) for run in self._runs for i in range(run.stop - run.start)
+        ]
+        super().__init__(layers=layers)
+
+    @torch.inference_mode()
+    def place(self, row: int, placements: Iterable[Placement], total_length: int) -> None:
+        """Write stored blocks into one row, their keys turned to their positions, in one pass.
+
+        Args:
+            row: Which prompt.
+            placements: Blocks and offsets, within the prompt.
+            total_length: Tokens of the prompt, by which some rotary variants choose their frequencies.
+        """
+        placements = list(placements)
+        if not placements:
+            return
+        reach = max(placed.offset + placed.states.num_tokens for placed in placements)
+        angles: dict[Any, Angles | None] = {}
+        for run in self._runs:
+            known = (run.layer.rotary, run.keys.device)
+            if known not in angles:
+                angles[known] = _angles(run.layer, reach, total_length)
+            for placed in placements:
+                _place(run, row, self.starts[row], placed, angles[known])
+
+    def begin(self, slots: Tensor | slice, end: int) -> None:
+        """Say where the next pass writes.
+
+        Args:
+            slots: A slice of slots for all rows alike, or the slots of each row, ``(batch, num_queries)``.
+            end: The pass attends to slots before this one.
+        """
+        self._slots, self._end = slots, end
+        capacity = self.layers[0].keys.shape[-2]
+        if end > capacity:
+            for layer in self.layers:
+                layer.grow(max(end, capacity + capacity // 2))
+
+    def visible(self, end: int, device: torch.device) -> Tensor:
+        """Return whether each slot before ``end`` holds a token of its row, ``(batch, end)``."""
+        return torch.arange(end, device=device) >= torch.tensor(self.starts, device=device)[:, None]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of slots that the next pass finds filled before the first one it writes."""
+        return self._slots.start if isinstance(self._slots, slice) else self._end
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the number of slots that a pass attends to, and the first of them."""
+        return self._end, 0
+
+    def crop(self, max_length: int) -> None:
+        """Forget the slots from ``max_length`` on (assisted decoding takes back rejected tokens)."""
+        self.length = self.length + max_length if max_length < 0 else min(self.length, max_length)
+        self._slots = slice(self.length, self.length)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, as beam search asks for."""
+        self.starts = [start for start in self.starts for _ in range(repeats)]
+        for layer in self.layers:
+            layer.keys = layer.keys.repeat_interleave(repeats, dim=0)
+            layer.values = layer.values.repeat_interleave(repeats, dim=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, as beam search asks for."""
+        self.starts = [self.starts[i] for i in beam_idx.tolist()]
+        super().reorder_cache(beam_idx)
+
+
+class _ContextLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a context: writes at the slots that the context says, returns the run up to its end."""
+
+    is_sliding = False  # all slots are kept; windows are a matter of the mask
+    is_croppable = True
+
+    def __init__(self, context: Context, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self._context = context
+        self.keys, self.values = keys, values  # (batch, num_kv_heads, num_slots, head_dim)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: allocated from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write computed states into their slots."""
+        slots, end = self._context._slots, self._context._end
+        if isinstance(slots, slice):
+            self.keys[:, :, slots] = key_states
+            self.values[:, :, slots] = value_states
+        else:
+            rows = torch.arange(len(slots), device=self.keys.device)[:, None]
+            slots = slots.to(self.keys.device)
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def grow(self, num_slots: int) -> None:
+        """Make room for ``num_slots`` slots."""
+        more = num_slots - self.keys.shape[-2]
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of slots that a pass attends to, and the first of them."""
+        return self._context._end, 0
+
+    def get_seq_length(self) -> int:
+        """Return the number of filled slots."""
+        return self._context.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """Return -1: a context grows."""
+        return -1
+
+
+def _allocate(model: Model, num_rows: int, num_slots: int) -> Iterator[_Run]:
+    index = 0
+    for _, group in groupby(model.layers, key=lambda layer: (layer.device, layer.rotary)):
+        members = list(group)
+        shape = (len(members), num_rows, model.num_kv_heads, num_slots, model.head_dim)
+        keys, values = (torch.empty(shape, dtype=model.dtype, device=members[0].device) for _ in range(2))
+        yield _Run(index, index + len(members), members[0], keys, values)
+        index += len(members)
+
+
+def _angles(layer: Layer, reach: int, total_length: int) -> Angles | None:
+    if layer.rotary is None:
+        return None
+    return layer.rotary.angles(torch.arange(reach, device=layer.device), total_length=total_length)
+
+
+def _place(run: _Run, row: int, start: int, placed: Placement, angles: Angles | None) -> None:
+    num_tokens = placed.states.num_tokens
+    slots = slice(start + placed.offset, start + placed.offset + num_tokens)
+    keys = placed.states.keys[run.start : run.stop].to(run.keys.device)
+    run.values[:, row, :, slots].copy_(placed.states.values[run.start : run.stop])
+    if angles is None or run.layer.rotary is None:
+        run.keys[:, row, :, slots].copy_(keys)
+        return
+    turned = angles.at(placed.offset, placed.offset + num_tokens)
+    rotate_keys(keys, turned, interleaved=run.layer.rotary.interleaved, out=run.keys[:, row, :, slots])
