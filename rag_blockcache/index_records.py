@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What an index was made with. Except for the model's name, a change asks for another index.
+    """What an index was made with, so that it can be opened again from its directory alone.
+
+    Names and paths of the model may change, with the files they name; a change in the
+    fingerprint, the embedder, the passage format or the splitting asks for another index.
 
     Attributes:
         model: Name or path of the language model.
@@ -15,6 +18,9 @@ class IndexSettings:
         embedder: Name or path of the embedding model.
         passage_format: How a passage is shown to the model.
         splitting: Options of the splitter, in words.
+        adapter: Name or path of the adapter on the model; empty for none.
+        dtype: What the model computes in, ``"bfloat16"`` say; empty for the model's own.
+        preamble: System prompt before the passages; empty for the default.
     """
 
     model: str
@@ -22,6 +28,9 @@ class IndexSettings:
     embedder: str
     passage_format: str
     splitting: str
+    adapter: str = ""
+    dtype: str = ""
+    preamble: str = ""
 
 
 @dataclass(frozen=True)
