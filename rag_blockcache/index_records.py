@@ -20,7 +20,7 @@ class IndexSettings:
         splitting: Options of the splitter, in words.
         adapter: Name or path of the adapter on the model; empty for none.
         dtype: What the model computes in, ``"bfloat16"`` say; empty for the model's own.
-        preamble: System prompt before the passages; empty for the default.
+        preamble: Text before the passages, in every prompt; empty for none.
     """
 
     model: str
