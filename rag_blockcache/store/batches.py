@@ -1,0 +1,70 @@
+"""Batches of blocks on their way into a store: what each of them cost, and which fit together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from rag_blockcache.kv_states import KVStates
+from rag_blockcache.store.block_file import check_states, stored_bytes
+
+logger = logging.getLogger(__name__)
+
+SECONDS_PER_TOKEN = 1e-3  # stands in for an unknown cost; only its ratio to measured costs matters
+
+
+@dataclass(frozen=True)
+class NewBlock:
+    """A block that asks to be stored, and the seconds it took to encode, measured or estimated."""
+
+    block_id: str
+    states: KVStates
+    cost_seconds: float
+
+
+def new_blocks(
+    blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float
+) -> list[NewBlock]:
+    """Share the cost of encoding some blocks among them, by their number of tokens.
+
+    Args:
+        blocks: Block ids and states; of two with one id, the first is taken.
+        cost_seconds: Time that encoding all of them took; 0 if unknown, then estimated.
+
+    Raises:
+        InvalidInputError: If some states cannot be stored (see ``check_states``).
+    """
+    pairs = list(blocks.items() if isinstance(blocks, Mapping) else blocks)
+    for block_id, states in pairs:
+        check_states(block_id, states)
+    unique = dict(reversed(pairs))
+    num_tokens = sum(states.num_tokens for states in unique.values())
+    per_token = cost_seconds / num_tokens if cost_seconds > 0 and num_tokens else SECONDS_PER_TOKEN
+    return [
+        NewBlock(block_id, unique[block_id], per_token * unique[block_id].num_tokens)
+        for block_id in dict.fromkeys(block_id for block_id, _ in pairs)
+    ]
+
+
+def fitting_batches(blocks: Iterable[NewBlock], room_bytes: int) -> Iterator[list[NewBlock]]:
+    """Cut blocks into batches that fit into ``room_bytes`` on disk; leave out those that never do."""
+    batch: list[NewBlock] = []
+    taken = 0
+    for block in blocks:
+        num_bytes = stored_bytes(block.states)
+        if num_bytes > room_bytes:
+            logger.warning(
+                "block %s is not stored: it takes %d bytes, the disk budget and what is pinned leave %d",
+                block.block_id,
+                num_bytes,
+                room_bytes,
+            )
+            continue
+        if taken + num_bytes > room_bytes:
+            yield batch
+            batch, taken = [], 0
+        batch.append(block)
+        taken += num_bytes
+    if batch:
+        yield batch

@@ -1,0 +1,168 @@
+"""Memory before disk, as one mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
+
+from rag_blockcache.errors import CorruptBlockError, InvalidInputError
+from rag_blockcache.kv_states import KVStates
+from rag_blockcache.store.disk import DiskStore
+from rag_blockcache.store.memory import MemoryStore
+from rag_blockcache.store.stats import TieredStats
+
+
+class TieredStore(MutableMapping[str, KVStates]):
+    """KV states by block id, in memory where they were used lately, and on disk.
+
+    A look-up asks memory, then disk, and keeps what the disk had in memory, as a memory map. Writing goes
+    to both. A damaged block is logged and dropped by the disk, and a plain miss here, so that whoever
+    asked encodes it again.
+
+    Args:
+        memory: The upper tier, or None.
+        disk: The lower tier, or None.
+
+    Raises:
+        InvalidInputError: If there is no tier at all.
+
+    Example:
+        >>> from rag_blockcache.store import MemoryStore, TieredStore
+        >>> store = TieredStore(MemoryStore(), None)
+        >>> store.get("a") is None
+        True
+    """
+
+    def __init__(self, memory: MemoryStore | None, disk: DiskStore | None) -> None:
+        if memory is None and disk is None:
+            raise InvalidInputError(
+                "a tiered store needs a memory or a disk store; pass one of them at least"
+            )
+        self.memory = memory
+        self.disk = disk
+
+    def __getitem__(self, block_id: str) -> KVStates:
+        if self.memory is not None:
+            states = self.memory.get(block_id)
+            if states is not None:
+                if self.disk is not None:
+                    self.disk.count_uses([block_id])  # what memory serves must not look idle on disk
+                return states
+        if self.disk is None:
+            raise KeyError(block_id)
+        try:
+            states = self.disk[block_id]
+        except CorruptBlockError as error:
+            raise KeyError(block_id) from error
+        if self.memory is not None:
+            self.memory.put(block_id, states)
+        return states
+
+    def __setitem__(self, block_id: str, states: KVStates) -> None:
+        self.put(block_id, states)
+
+    def __delitem__(self, block_id: str) -> None:
+        num_found = 0
+        for tier in self._tiers:
+            with suppress(KeyError):
+                del tier[block_id]
+                num_found += 1
+        if not num_found:
+            raise KeyError(block_id)
+
+    def __contains__(self, block_id: object) -> bool:
+        return any(block_id in tier for tier in self._tiers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(block_id for tier in reversed(self._tiers) for block_id in tier))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __enter__(self) -> TieredStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def clear(self) -> None:
+        """Delete all blocks from all tiers. Tensors handed out stay valid."""
+        for tier in self._tiers:
+            tier.clear()
+
+    def put(self, block_id: str, states: KVStates, *, cost_seconds: float = 0.0) -> bool:
+        """Store a block on disk, and keep it in memory; see ``DiskStore.put``.
+
+        Returns:
+            Whether the lowest tier holds it now.
+        """
+        return bool(self.put_many([(block_id, states)], cost_seconds))
+
+    def put_many(
+        self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
+    ) -> list[str]:
+        """Store several blocks in one transaction; see ``DiskStore.put_many``.
+
+        Returns:
+            Ids of the blocks that the lowest tier holds now.
+        """
+        pairs = list(blocks.items() if isinstance(blocks, Mapping) else blocks)
+        kept = self._tiers[-1].put_many(pairs, cost_seconds)
+        if self.memory is not None and self.disk is not None:
+            self.memory.put_many(pairs)  # without cost: a miss there costs a load from disk, alike for all
+        return kept
+
+    def get_many(self, block_ids: Iterable[str]) -> dict[str, KVStates]:
+        """Return those of the blocks that any tier holds, in the order asked for."""
+        wanted = list(dict.fromkeys(block_ids))
+        found = self.memory.get_many(wanted) if self.memory is not None else {}
+        if self.disk is None:
+            return found
+        self.disk.count_uses(found)
+        loaded = self.disk.get_many(block_id for block_id in wanted if block_id not in found)
+        if self.memory is not None:
+            self.memory.put_many(loaded)
+        found |= loaded
+        return {block_id: found[block_id] for block_id in wanted if block_id in found}
+
+    def pin(self, block_ids: Iterable[str]) -> None:
+        """Keep these blocks from eviction in every tier, now or when they arrive."""
+        pinned = list(block_ids)
+        for tier in self._tiers:
+            tier.pin(pinned)
+
+    def unpin(self, block_ids: Iterable[str]) -> None:
+        """Let eviction take these blocks again."""
+        unpinned = list(block_ids)
+        for tier in self._tiers:
+            tier.unpin(unpinned)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of what the lowest tier holds, in bytes."""
+        return self._tiers[-1].size_bytes
+
+    def stats(self) -> TieredStats:
+        """Return the counters of each tier."""
+        return TieredStats(
+            memory=self.memory.stats() if self.memory is not None else None,
+            disk=self.disk.stats() if self.disk is not None else None,
+        )
+
+    def verify(self, block_id: str) -> None:
+        """Compare the checksum of a block in the lowest tier; see ``DiskStore.verify``."""
+        self._tiers[-1].verify(block_id)
+
+    def flush(self) -> None:
+        """Bring the uses counted in this process to disk."""
+        for tier in self._tiers:
+            tier.flush()
+
+    def close(self) -> None:
+        """Flush and close all tiers. Tensors handed out stay valid."""
+        for tier in self._tiers:
+            tier.close()
+
+    @property
+    def _tiers(self) -> list[MemoryStore | DiskStore]:
+        return [tier for tier in (self.memory, self.disk) if tier is not None]
