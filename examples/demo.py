@@ -1,0 +1,202 @@
+"""Index the Python language reference, ask about it, and see how soon the first token comes: ``make demo``.
+
+The corpus is what ``help()`` shows in every Python (``pydoc_data.topics``), as text files. The job behind
+``rag-blockcache index-and-prefill`` splits, embeds and prefills it, once: a second run finds it done.
+Then questions are answered from the stored blocks, and the same token ids are prefilled in full for
+comparison. It needs no network; see ``small_models``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from rich.console import Console
+from rich.table import Table
+from small_models import cache_folder, minilm_path, smollm2_path
+
+from rag_blockcache import BlockCache
+from rag_blockcache.answers import Answer
+from rag_blockcache.cli.progress import ProgressBar
+from rag_blockcache.cli.units import format_bytes, format_count, format_seconds
+from rag_blockcache.jobs.documents import PassageSplitter
+from rag_blockcache.jobs.index_and_prefill import index_and_prefill
+from rag_blockcache.manifest import Manifest
+from rag_blockcache.retriever import Retriever
+
+NUM_WORDS = 25_000  # of the reference; prefilled in a minute or two on two cores
+QUESTIONS = {  # and how many passages each is answered from, so that the plot shows short and long prompts
+    "What does the pass statement do?": 2,
+    "What happens when the condition of an assert statement is false?": 4,
+    "What is the difference between the global and the nonlocal statement?": 7,
+    "When is the finally clause of a try statement executed?": 11,
+    "What happens to the loop when a break statement is executed?": 16,
+}
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One question, answered from reused blocks, and the time to first token of a full prefill."""
+
+    question: str
+    reused: Answer
+    full_ttft_seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.reused.num_reused_tokens + self.reused.num_computed_tokens
+
+
+def write_corpus(folder: Path, num_words: int | None) -> None:
+    """Write topics as text files, the shortest first, up to so many words; None writes all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen: dict[str, str] = {}
+    total = 0
+    for text, name in sorted(
+        {text: name for name, text in topics.items()}.items(), key=lambda topic: len(topic[0])
+    ):
+        total += len(text.split())
+        if num_words is not None and total > num_words:
+            break
+        chosen[f"{name}.txt"] = text
+    for path in folder.iterdir():
+        if path.name not in chosen:
+            path.unlink()
+    for name, text in chosen.items():
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+    words = sum(len(text.split()) for text in chosen.values())
+    console.print(
+        f"Corpus: {len(chosen)} of {len(topics)} topics of the Python language reference, {words:,} words"
+        f"{'' if num_words is None else ' (--all takes everything)'}, in {folder}"
+    )
+
+
+def ask(cache: BlockCache, retriever: Retriever, question: str, num_passages: int) -> Measurement:
+    """Stream an answer with its sources, then prefill the same prompt in full."""
+    found = retriever.search(question, k=num_passages)
+    passages = [result.passage for result in reversed(found)]  # the best one next to the question
+    console.print(f"\n[bold]{question}[/bold]")
+    stream = cache.stream(question, passages, max_new_tokens=48, do_sample=False)
+    for piece in stream:
+        console.print(piece, end="", markup=False, soft_wrap=True)
+    answer = stream.answer
+    assert answer is not None
+    sources = ", ".join(dict.fromkeys(Path(result.passage.title).stem for result in found))
+    full = cache.generate(question, passages, max_new_tokens=1, policy="full", do_sample=False)
+    console.print(
+        f"\n[dim]from {len(found)} passages of {sources}: first token after "
+        f"{format_seconds(answer.ttft_seconds)}, with full prefill after "
+        f"{format_seconds(full.ttft_seconds)}[/dim]"
+    )
+    return Measurement(question, answer, full.ttft_seconds)
+
+
+def show(measurements: list[Measurement], num_bytes_on_disk: int) -> None:
+    """Draw the table."""
+    table = Table("question", title="Time to the first token, same token ids", title_justify="left")
+    for column in ("prompt tokens", "hits", "tokens reused", "reuse", "full prefill", "sooner"):
+        table.add_column(column, justify="right")
+    for each in measurements:
+        answer = each.reused
+        table.add_row(
+            each.question,
+            f"{each.num_tokens:,}",
+            f"{answer.num_hits}/{answer.num_hits + answer.num_misses}",
+            f"{answer.num_reused_tokens:,}",
+            format_seconds(answer.ttft_seconds),
+            format_seconds(each.full_ttft_seconds),
+            f"{each.full_ttft_seconds / answer.ttft_seconds:.1f}x",
+        )
+    console.print()
+    console.print(table)
+    policies = {each.reused.policy: each.reused.policy_reason for each in measurements}
+    for policy, reason in policies.items():
+        console.print(f"Policy {policy}: {reason}.")
+    console.print(
+        f"On disk: {format_bytes(num_bytes_on_disk)}. Each time was taken once; `make bench` takes more care."
+    )
+
+
+def plot(measurements: list[Measurement], path: Path) -> None:
+    """Draw time to first token over the length of the prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, no window
+    from matplotlib import pyplot
+
+    shown = sorted(measurements, key=lambda each: each.num_tokens)
+    lengths = [each.num_tokens for each in shown]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, color, seconds in (
+        ("full prefill", "#b0413e", [each.full_ttft_seconds for each in shown]),
+        ("reused blocks", "#2e7d32", [each.reused.ttft_seconds for each in shown]),
+    ):
+        axes.plot(lengths, seconds, "o-", color=color, label=label)
+    for each in shown:
+        times = f"{each.full_ttft_seconds / each.reused.ttft_seconds:.1f}x"
+        middle = (each.full_ttft_seconds * each.reused.ttft_seconds) ** 0.5
+        axes.annotate(times, (each.num_tokens, middle), ha="center", color="#546e7a", fontsize=9)
+    axes.set_yscale("log")
+    axes.set_xlabel("prompt, tokens")
+    axes.set_ylabel("time to first token, seconds")
+    axes.set_title("SmolLM2-135M: the same prompts, prefilled in full and from reused blocks", fontsize=11)
+    axes.grid(which="both", alpha=0.25)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    console.print(f"Plot: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="index the whole reference")
+    parser.add_argument(
+        "--folder", type=Path, help="where corpus and index are kept; default: the user's cache"
+    )
+    parser.add_argument("--plot", type=Path, default=Path("demo-output/ttft.png"), help="where the plot goes")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+
+    folder = (options.folder or cache_folder() / "demo").resolve()
+    write_corpus(folder / "corpus", None if options.all else NUM_WORDS)
+    console.print("Loading the models; the first time, SmolLM2 is unpacked, which takes half a minute")
+    directory = folder / "index"
+    with ExitStack() as stack:
+        cache = stack.enter_context(BlockCache(smollm2_path(), directory))
+        retriever = stack.enter_context(closing(Retriever(directory / "index", embedder=str(minilm_path()))))
+        manifest = stack.enter_context(closing(Manifest(directory)))
+        with ProgressBar(Console(stderr=True)) as progress:
+            report = index_and_prefill(
+                [folder / "corpus"],
+                cache=cache,
+                retriever=retriever,
+                manifest=manifest,
+                splitter=PassageSplitter(cache.tokenizer),
+                progress=progress,
+            )
+        seconds = report.seconds.get("prefill", 0.0)
+        console.print(
+            f"Prefilled {format_count(report.num_encoded_blocks, 'passage')} "
+            f"({report.num_tokens:,} tokens, {format_bytes(report.num_bytes)}) in {format_seconds(seconds)}; "
+            f"{report.num_unchanged_documents} documents were done already"
+        )
+        measurements = [ask(cache, retriever, *question) for question in QUESTIONS.items()]
+        show(measurements, cache.store.size_bytes)
+    plot(measurements, options.plot)
+    if not all(each.reused.num_hits for each in measurements):
+        raise SystemExit("a question found none of its passages prefilled; that is a bug")
+
+
+if __name__ == "__main__":
+    main()
