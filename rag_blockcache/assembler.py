@@ -58,7 +58,9 @@ class Context(Cache):  # type: ignore[misc]
         self._end = 0
         self._runs = list(_allocate(model, len(lengths), self.length + room))
         layers = [
-            _ContextLayer(self, run.keys[i], run.values[i]) for run in self._runs for i in range(run.stop - run.start)
+            _ContextLayer(self, run.keys[i], run.values[i])
+            for run in self._runs
+            for i in range(run.stop - run.start)
         ]
         super().__init__(layers=layers)
 

@@ -43,7 +43,9 @@ def encode_blocks(
         For each batch, the index of each of its blocks with its position-free states.
     """
     for batch in _batches([len(block) for block in blocks], batch_tokens or batch_size_tokens(model)):
-        yield list(zip(batch, _encode_batch(model, [blocks[i] for i in batch], conditioned_on, regime), strict=True))
+        yield list(
+            zip(batch, _encode_batch(model, [blocks[i] for i in batch], conditioned_on, regime), strict=True)
+        )
 
 
 def batch_size_tokens(model: Model) -> int:
@@ -91,7 +93,9 @@ def _encode_batch(
             use_cache=True,
         )
     for row, length in enumerate(lengths):
-        yield KVStates(states.keys[:, row, :, :length].contiguous(), states.values[:, row, :, :length].contiguous())
+        yield KVStates(
+            states.keys[:, row, :, :length].contiguous(), states.values[:, row, :, :length].contiguous()
+        )
 
 
 class _Recorder(Cache):  # type: ignore[misc]

@@ -64,7 +64,9 @@ def prefill(model: Model, context: Context, rows: Sequence[Computed], *, num_log
     width = max(len(row.positions) for row in rows)
     token_ids = torch.zeros((len(rows), width), dtype=torch.long)
     positions, slots = torch.zeros_like(token_ids), torch.zeros_like(token_ids)
-    for index, row in enumerate(rows):  # a shorter row is filled up in front, with tokens that no one attends to
+    for index, row in enumerate(
+        rows
+    ):  # a shorter row is filled up in front, with tokens that no one attends to
         fill = width - len(row.positions)
         token_ids[index, fill:], positions[index, fill:] = row.token_ids, row.positions
         slots[index, fill:] = row.positions + context.starts[index]
@@ -103,30 +105,34 @@ class Decoded:
 
 
 class Monitor(StoppingCriteria):  # type: ignore[misc]
-    """Sees every step of ``generate()``: keeps the clock, reports new tokens, and can end it.
+    """Sees every step of ``generate()``: keeps the clock, reports the tokens of the first row, and can end it.
 
     Attributes:
         cancelled: Set it, from any thread, and decoding stops after the current token.
         first_token_time: ``time.perf_counter()`` when the first token was chosen; None before.
         last_token_time: Likewise of the latest.
-        num_steps: Tokens chosen so far, a prompt.
+        prompt_width: Tokens in front of the first new one.
+        num_tokens: New tokens so far, in a row.
     """
 
-    def __init__(self, on_tokens: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self, on_token: Callable[[int], None] | None = None) -> None:
         self.cancelled = threading.Event()
         self.first_token_time: float | None = None
         self.last_token_time: float | None = None
-        self.num_steps = 0
-        self._on_tokens = on_tokens
+        self.prompt_width = 0
+        self.num_tokens = 0
+        self._on_token = on_token
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Take note of one step; called by transformers after each."""
         self.last_token_time = time.perf_counter()
         if self.first_token_time is None:
             self.first_token_time = self.last_token_time
-        self.num_steps += 1
-        if self._on_tokens is not None:
-            self._on_tokens(input_ids)
+        known = self.prompt_width + self.num_tokens
+        self.num_tokens = input_ids.shape[1] - self.prompt_width
+        if self._on_token is not None:
+            for token in input_ids[0, known:].tolist():
+                self._on_token(token)
         return torch.full((len(input_ids),), self.cancelled.is_set(), device=input_ids.device)
 
 
@@ -141,7 +147,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in _OURS or name in ("self", "inputs", "kwargs", "custom_generate", "negative_prompt_ids"):
             raise InvalidInputError(f"generation option {name!r} cannot be set here; the engine chooses it")
         if name not in known:
-            raise InvalidInputError(f"generation option {name!r} is unknown; see transformers.GenerationConfig")
+            raise InvalidInputError(
+                f"generation option {name!r} is unknown; see transformers.GenerationConfig"
+            )
 
 
 @torch.inference_mode()
@@ -170,7 +178,8 @@ def decode(
     eos = options.get("eos_token_id", config.eos_token_id)
     ends = set(eos if isinstance(eos, list | tuple) else [eos]) - {None}
     pad = next(
-        (token for token in (config.pad_token_id, model.tokenizer.pad_token_id, *ends) if token is not None), 0
+        (token for token in (config.pad_token_id, model.tokenizer.pad_token_id, *ends) if token is not None),
+        0,
     )
     input_ids = torch.full((len(prompts), context.length), pad)
     for row, prompt in enumerate(prompts):
@@ -178,7 +187,7 @@ def decode(
     chosen = {"pad_token_id": pad, **options}
     if chosen.get("stop_strings"):
         chosen["tokenizer"] = model.tokenizer
-    width = context.length
+    monitor.prompt_width = width = context.length
     criteria = StoppingCriteriaList([*(chosen.pop("stopping_criteria", None) or []), monitor])
     sequences = _Decoder(model, context, first_logits).generate(
         input_ids.to(model.device),
@@ -239,7 +248,9 @@ class _Decoder(GenerationMixin):  # type: ignore[misc]
             context.batch_repeat_interleave(len(input_ids) // len(context.starts))
         logits = []
         if not self._has_started:
-            logits.append(self._first_logits.repeat_interleave(len(input_ids) // len(self._first_logits), dim=0))
+            logits.append(
+                self._first_logits.repeat_interleave(len(input_ids) // len(self._first_logits), dim=0)
+            )
             self._has_started = True
         new = input_ids[:, context.length :]
         if new.shape[1]:
@@ -292,6 +303,10 @@ def _held_back(text: str, stop_strings: Sequence[str]) -> int:
     """Return how many characters at the end may be the beginning of a stop string."""
     longest = max((len(stop) for stop in stop_strings), default=0)
     return next(
-        (n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stop_strings)),
+        (
+            n
+            for n in range(min(longest, len(text)), 0, -1)
+            if any(stop.startswith(text[-n:]) for stop in stop_strings)
+        ),
         0,
     )

@@ -129,6 +129,11 @@ class Model:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
+    def is_block_fine_tuned(self) -> bool:
+        """Whether the model says of itself that it was trained to answer over blocks."""
+        return bool(getattr(self.config, "block_fine_tuned", False))
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights, embeddings included."""
         return int(self.network.num_parameters())
@@ -206,7 +211,9 @@ class KeyValueTap(Cache):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Remember what a layer would cache."""
         if layer_idx in self.keys:
-            raise UnsupportedModelError(f"layer {layer_idx} caches keys more than once a pass; it cannot be served")
+            raise UnsupportedModelError(
+                f"layer {layer_idx} caches keys more than once a pass; it cannot be served"
+            )
         self.keys[layer_idx], self.values[layer_idx] = key_states, value_states
         return key_states, value_states
 
@@ -286,7 +293,9 @@ def _load_network(
     try:
         return network.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(f"device {device!r} cannot be used: {_first_line(error)}; try device='cpu'") from error
+        raise InvalidInputError(
+            f"device {device!r} cannot be used: {_first_line(error)}; try device='cpu'"
+        ) from error
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

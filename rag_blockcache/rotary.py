@@ -52,7 +52,9 @@ def pairs(keys: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Ten
     return keys[..., :half], keys[..., half:rotary_dim]
 
 
-def rotate_keys(keys: Tensor, angles: Angles, *, interleaved: bool = False, out: Tensor | None = None) -> Tensor:
+def rotate_keys(
+    keys: Tensor, angles: Angles, *, interleaved: bool = False, out: Tensor | None = None
+) -> Tensor:
     """Give position-free keys their positions.
 
     Args:

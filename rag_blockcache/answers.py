@@ -1,0 +1,195 @@
+"""What the engine gives back: answers, streams of them, and reports on prefilling."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from rag_blockcache.generator import Monitor
+from rag_blockcache.kv_states import KVStates
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and what it took.
+
+    Attributes:
+        text: Without special tokens, cut at a stop string.
+        token_ids: All new tokens, the end-of-sequence token included.
+        finish_reason: ``stop``, ``length`` or ``cancelled``.
+        ttft_seconds: From the call to the first new token; the parts below add up to about that.
+        match_seconds: Rendering, tokenizing, naming the blocks.
+        load_seconds: Reading blocks from the store.
+        encode_seconds: Encoding blocks that were not there.
+        assemble_seconds: Re-encoding positions and placing.
+        final_block_seconds: The pass over all computed slots.
+        decode_tokens_per_second: After the first token; 0 if there was only one.
+        num_hits: Passages found in the store.
+        num_misses: Passages that were not, and are now.
+        num_reused_tokens: Prompt tokens whose keys and values came from the store and were used as they are.
+        num_computed_tokens: All other prompt tokens.
+        policy: The one that was used.
+        policy_reason: Why, if it was not asked for by name.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    ttft_seconds: float
+    match_seconds: float
+    load_seconds: float
+    encode_seconds: float
+    assemble_seconds: float
+    final_block_seconds: float
+    decode_tokens_per_second: float
+    num_hits: int
+    num_misses: int
+    num_reused_tokens: int
+    num_computed_tokens: int
+    policy: str
+    policy_reason: str = ""
+
+
+@dataclass(frozen=True)
+class PrefillProgress:
+    """How far a prefill has come.
+
+    Attributes:
+        num_done: Passages encoded or skipped so far.
+        num_total: Passages in all; None if they come from an iterator of unknown length.
+        num_tokens: Tokens encoded so far.
+        num_bytes: Bytes of KV states written so far.
+        seconds: Since the start.
+    """
+
+    num_done: int
+    num_total: int | None
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PrefillReport:
+    """What a prefill did.
+
+    Attributes:
+        num_passages: Passages given.
+        num_encoded: Blocks computed and stored.
+        num_skipped: Passages whose block was stored already, or stood in the same call before.
+        num_tokens: Tokens encoded.
+        num_bytes: Bytes of KV states written.
+        seconds: In all.
+    """
+
+    num_passages: int
+    num_encoded: int
+    num_skipped: int
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens encoded a second."""
+        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class PrefillTally:
+    """Counts what a prefill has done, and tells whoever listens."""
+
+    def __init__(self, num_total: int | None, listener: Callable[[PrefillProgress], None] | None) -> None:
+        self.num_done = 0
+        self._num_total, self._listener = num_total, listener
+        self._num_encoded = self._num_tokens = self._num_bytes = 0
+        self._start = time.perf_counter()
+
+    def add(self, encoded: Iterable[KVStates]) -> None:
+        """Count blocks that were encoded and stored."""
+        for states in encoded:
+            self.num_done += 1
+            self._num_encoded += 1
+            self._num_tokens += states.num_tokens
+            self._num_bytes += states.num_bytes
+        self.tell()
+
+    def tell(self) -> None:
+        """Report how far it has come."""
+        if self._listener is not None:
+            seconds = time.perf_counter() - self._start
+            self._listener(
+                PrefillProgress(self.num_done, self._num_total, self._num_tokens, self._num_bytes, seconds)
+            )
+
+    def report(self) -> PrefillReport:
+        """Return the whole count."""
+        return PrefillReport(
+            num_passages=self.num_done,
+            num_encoded=self._num_encoded,
+            num_skipped=self.num_done - self._num_encoded,
+            num_tokens=self._num_tokens,
+            num_bytes=self._num_bytes,
+            seconds=time.perf_counter() - self._start,
+        )
+
+
+class AnswerStream(Iterator[str]):
+    """Pieces of an answer, as they come.
+
+    Closing it, or leaving its ``with`` block, stops decoding after the current token.
+
+    Args:
+        run: Makes the answer; it is called in a thread of its own.
+        pieces: Turns tokens into text.
+
+    Attributes:
+        answer: The whole answer once all pieces were read, or what there is of it after ``close``; None before.
+    """
+
+    def __init__(
+        self, run: Callable[[Monitor], Answer], pieces: Callable[[Iterator[int]], Iterator[str]]
+    ) -> None:
+        self.answer: Answer | None = None
+        self._error: BaseException | None = None
+        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._monitor = Monitor(self._tokens.put)
+        self._pieces = pieces(self._received())
+        self._thread = threading.Thread(
+            target=self._work, args=(run,), daemon=True, name="rag-blockcache-answer"
+        )
+        self._thread.start()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._monitor.cancelled.set()
+
+    def close(self) -> None:
+        """Stop decoding; what was generated so far is in ``answer``."""
+        self._monitor.cancelled.set()
+        self._thread.join()
+
+    def _work(self, run: Callable[[Monitor], Answer]) -> None:
+        try:
+            self.answer = run(self._monitor)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._tokens.put(None)
+
+    def _received(self) -> Iterator[int]:
+        while (token := self._tokens.get()) is not None:
+            yield token
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,91 @@
+"""One request on its way through the stages: which slots of its prompt are placed, and which computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rag_blockcache.assembler import Placement
+from rag_blockcache.generator import Computed
+from rag_blockcache.kv_states import KVStates
+from rag_blockcache.passages import Block
+from rag_blockcache.prompt import Segment
+from rag_blockcache.reuse import Policy
+
+
+@dataclass
+class Plan:
+    """One request on its way through the stages."""
+
+    segments: list[Segment]
+    policy: Policy
+    policy_reason: str
+    regime: str
+    is_auto: bool
+    start: float
+    blocks: dict[int, Block] = field(default_factory=dict)  # by index of the segment
+    found: frozenset[str] = frozenset()
+    keeps_preamble: bool = True
+    match_seconds: float = 0.0
+    load_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    assemble_seconds: float = 0.0
+    final_block_seconds: float = 0.0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the whole prompt."""
+        return [token for segment in self.segments for token in segment.token_ids]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prompt."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    def spans(self) -> Iterator[tuple[int, range]]:
+        """Yield the index and the positions of each segment."""
+        offset = 0
+        for index, segment in enumerate(self.segments):
+            yield index, range(offset, offset + len(segment.token_ids))
+            offset += len(segment.token_ids)
+
+    def placements(self, states: Mapping[str, KVStates]) -> list[Placement]:
+        """Return where each block goes; none if everything is computed."""
+        if self.policy.is_full:
+            return []
+        return [
+            Placement(states[self.blocks[index].block_id], span.start)
+            for index, span in self.spans()
+            if index in self.blocks
+        ]
+
+    def is_computed(self) -> Tensor:
+        """Return for each slot whether the pass computes it, ``(num_tokens,)``."""
+        computed = torch.ones(self.num_tokens, dtype=torch.bool)
+        if self.policy.is_full:
+            return computed
+        passages = []
+        for index, span in self.spans():
+            if index in self.blocks:
+                computed[span.start : span.stop] = False
+                if self.segments[index].kind == "passage":
+                    passages.append(span)
+        computed[self.policy.computed_again(passages)] = True
+        return computed
+
+    def computed(self) -> Computed:
+        """Return the slots that the pass computes."""
+        positions = self.is_computed().nonzero()[:, 0]
+        return Computed(positions, torch.tensor(self.token_ids)[positions])
+
+    @property
+    def num_reused(self) -> int:
+        """Number of slots that come from the store and are used as they are."""
+        reused = ~self.is_computed()
+        for index, span in self.spans():
+            if index in self.blocks and self.blocks[index].block_id not in self.found:
+                reused[span.start : span.stop] = False
+        return int(reused.sum())

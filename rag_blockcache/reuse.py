@@ -1,0 +1,81 @@
+"""Reuse policies: how much of a placed block is computed again.
+
+``block`` computes nothing again, ``full`` everything; between them stand the policies that repair blocks of a
+model that was never fine-tuned on them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rag_blockcache.errors import InvalidInputError
+
+DEFAULT_REPAIR = "link-16"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How placed blocks are used.
+
+    Attributes:
+        name: As the user writes it.
+        link: Tokens at the start of each passage that are computed again; None computes every slot.
+    """
+
+    name: str
+    link: int | None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is reused."""
+        return self.link is None
+
+    def computed_again(self, passages: Sequence[range]) -> list[int]:
+        """Return which slots of placed passages are computed again.
+
+        The first tokens of a block, encoded alone, draw attention as the first tokens of a text do, and
+        there is one such run in every block. Computing them again in place makes them ordinary tokens.
+
+        Args:
+            passages: Positions of each passage in the prompt.
+
+        Returns:
+            Ascending positions.
+
+        Source:
+            LegoLink of EPIC, https://arxiv.org/abs/2410.15332
+        """
+        return [position for span in passages for position in span[: self.link]]
+
+
+def parse_policy(name: str) -> Policy:
+    """Read a policy by name: ``full``, ``block`` or ``link-<k>``.
+
+    Raises:
+        InvalidInputError: If there is no such policy.
+    """
+    if name == "full":
+        return Policy(name, None)
+    if name == "block":
+        return Policy(name, 0)
+    linked = re.fullmatch(r"link-(\d+)", name) if isinstance(name, str) else None
+    if linked is None:
+        raise InvalidInputError(
+            f"policy {name!r} is unknown; use 'auto', 'full', 'block' or 'link-<k>' (say, 'link-16')"
+        )
+    return Policy(name, int(linked[1]))
+
+
+def choose_policy(is_block_fine_tuned: bool) -> tuple[Policy, str]:
+    """Choose for a user who said ``auto``.
+
+    Returns:
+        The policy, and the reason for it in a few words.
+    """
+    if is_block_fine_tuned:
+        return parse_policy("block"), "the model was block-fine-tuned"
+    return parse_policy(
+        DEFAULT_REPAIR
+    ), "the model was not block-fine-tuned, so the start of each block is repaired"
