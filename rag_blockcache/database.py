@@ -18,14 +18,28 @@ class Database:
 
     Writes go through ``transaction``, reads through ``read``; both turn what SQLite raises
     into errors that name the file. Every commit reaches the disk before it returns. One
-    thread per connection; any number of processes.
+    thread per connection, unless ``shared_by_threads`` says that its owner makes threads take
+    turns; any number of processes.
     """
 
-    def __init__(self, path: Path, *, application_id: int, format_version: int, schema: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        application_id: int,
+        format_version: int,
+        schema: str,
+        shared_by_threads: bool = False,
+    ) -> None:
         self.path = path
         self._identity = (application_id, format_version)
         with self.reported():
-            self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+            self._connection = sqlite3.connect(
+                path,
+                timeout=_BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=not shared_by_threads,
+            )
         try:
             with self.reported():
                 self._open(schema)
@@ -139,6 +153,15 @@ class Database:
         """Return the first column of the first row, or None."""
         row = next(self.read(query, *arguments), None)
         return None if row is None else row[0]
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy of the file as of the last commit, whoever is writing to it."""
+        with self.reported():
+            copy = sqlite3.connect(path)
+            try:
+                self._connection.backup(copy)
+            finally:
+                copy.close()
 
     def close(self) -> None:
         """Close the connection; SQLite folds the write-ahead log into the file."""

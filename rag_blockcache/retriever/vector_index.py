@@ -1,0 +1,229 @@
+"""FAISS index of unit vectors under ids of our own: filled, searched under a filter, saved atomically."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import faiss
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rag_blockcache.errors import InvalidInputError, OutOfSpaceError, StoreError
+from rag_blockcache.retriever.embedder import Vectors
+
+Ids: TypeAlias = NDArray[np.int64]
+ReadVectors: TypeAlias = Callable[[Ids], Iterator[tuple[Ids, Vectors]]]  # skips ids that cannot be read
+
+_FEW_PER_CELL = 39  # FAISS's own advice for training; below it, cells are poor but work
+_MIN_PROBES = 8
+
+logger = logging.getLogger(__name__)
+
+
+def untrained_index(index_factory: str, dimension: int, *, num_vectors: int) -> Any:
+    """Build the FAISS index that a factory string describes, for inner products.
+
+    Raises:
+        InvalidInputError: If FAISS cannot build it for vectors of this dimension, or
+            ``num_vectors`` are too few to train it.
+    """
+    try:
+        index = faiss.index_factory(dimension, index_factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"FAISS cannot make index_factory {index_factory!r} for cosines of {dimension} dimensions "
+            f"({_reason(error)}); try 'Flat', 'HNSW32' or 'IVF256,Flat'"
+        ) from error
+    cells = faiss.try_extract_index_ivf(index)
+    if cells is not None:
+        cells.cp.min_points_per_centroid = 1  # FAISS would print its advice; ours is logged
+        if num_vectors < cells.nlist:
+            raise InvalidInputError(
+                f"index_factory {index_factory!r} trains on the first add, which needs {cells.nlist} "
+                f"passages or more (better {_FEW_PER_CELL * cells.nlist}) and got {num_vectors}; add more "
+                "at once, or use 'Flat'"
+            )
+        if num_vectors < _FEW_PER_CELL * cells.nlist:
+            logger.warning("%s is trained on %d vectors, which is few", index_factory, num_vectors)
+    return index
+
+
+def trained_template(index_factory: str, sample: Vectors) -> bytes:
+    """Train an index on a sample, and return it empty, as bytes: every index is filled from it.
+
+    Raises:
+        InvalidInputError: If the sample does not suffice, or the index cannot grow step by step.
+    """
+    index = faiss.IndexIDMap2(untrained_index(index_factory, sample.shape[1], num_vectors=len(sample)))
+    try:
+        if not index.is_trained:
+            index.train(sample)
+        template: bytes = faiss.serialize_index(index).tobytes()
+        index.add_with_ids(sample[:2], np.arange(len(sample[:2])))  # some kinds refuse to grow step by step
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"index_factory {index_factory!r} cannot be trained on {len(sample)} vectors and then filled "
+            f"({_reason(error)}); add more at once, or use 'Flat'"
+        ) from error
+    return template
+
+
+class VectorIndex:
+    """Unit vectors under ids, and which of them are nearest to others.
+
+    FAISS keeps its own numbering straight after a removal in flat kinds only: ``IndexIDMap2``
+    over IVF would answer with other vectors' ids, HNSW refuses. There, removed vectors stay
+    and are passed over by every search, until they outnumber the others.
+
+    Args:
+        template: What ``trained_template`` returned.
+    """
+
+    def __init__(self, template: bytes) -> None:
+        self._template = np.frombuffer(template, np.uint8)
+        self._removed: Ids = np.empty(0, np.int64)
+        try:
+            self._index: Any = faiss.deserialize_index(self._template)
+        except RuntimeError as error:
+            raise StoreError(
+                f"the trained index in passages.sqlite is damaged ({_reason(error)}); restore the directory "
+                "from a copy, or index the documents again into another one"
+            ) from error
+
+    @property
+    def ids(self) -> Ids:
+        """Ids of the vectors, ascending."""
+        held: Ids = faiss.vector_to_array(self._index.id_map)
+        return np.setdiff1d(held, self._removed)
+
+    @property
+    def num_vectors(self) -> int:
+        """Number of vectors that can be found."""
+        return int(self._index.ntotal) - len(self._removed)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every vector is compared, as it is."""
+        return isinstance(faiss.downcast_index(self._index.index), faiss.IndexFlat)
+
+    @property
+    def _core(self) -> Any:
+        """The kind that does the work, below transformations of the vectors."""
+        core = faiss.downcast_index(self._index.index)
+        while isinstance(core, faiss.IndexPreTransform):
+            core = faiss.downcast_index(core.index)
+        return core
+
+    def can_search(self, allowed: Ids | None) -> bool:
+        """Whether FAISS can search this kind of index under this filter."""
+        kinds = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF, faiss.IndexHNSW)
+        return (allowed is None and not len(self._removed)) or isinstance(self._core, kinds)
+
+    def match(self, ids: Ids, read: ReadVectors) -> None:
+        """Remove and add until exactly these ids are held; ``read`` gives the vectors that lack."""
+        self._remove(np.setdiff1d(self.ids, ids))
+        if len(self._removed) > len(ids):
+            self._index, self._removed = faiss.deserialize_index(self._template), self._removed[:0]
+        for found, vectors in read(np.setdiff1d(ids, self.ids)):
+            self._index.add_with_ids(vectors, found)
+
+    def _remove(self, ids: Ids) -> None:
+        if not len(ids):
+            return
+        if isinstance(self._core, faiss.IndexFlatCodes):
+            self._index.remove_ids(ids)
+        else:
+            self._removed = np.union1d(self._removed, ids)
+
+    def search(self, queries: Vectors, k: int, allowed: Ids | None) -> tuple[Vectors, Ids]:
+        """Find the nearest vectors, among those ``allowed`` where that is given.
+
+        Returns:
+            Scores and ids, ``(num_queries, k)``, best first; id -1 where nothing more was found.
+        """
+        selector: Any = None
+        if allowed is not None:
+            selector = faiss.IDSelectorBatch(allowed)
+        elif len(self._removed):
+            removed = faiss.IDSelectorBatch(self._removed)  # the next line only points to it
+            selector = faiss.IDSelectorNot(removed)
+        found: tuple[Vectors, Ids] = self._index.search(queries, k, params=self._parameters(selector, k))
+        return found
+
+    def _parameters(self, selector: Any, k: int) -> Any:
+        core = self._core
+        parameters: Any = None
+        if isinstance(core, faiss.IndexIVF):
+            parameters = faiss.SearchParametersIVF()
+            probes = max(_MIN_PROBES, core.nlist // 32)
+            parameters.nprobe = min(probes, core.nlist) if selector is None else core.nlist
+        elif isinstance(core, faiss.IndexHNSW):
+            parameters = faiss.SearchParametersHNSW()  # type: ignore[attr-defined, unused-ignore]
+            parameters.efSearch = max(64, 2 * k)
+        elif selector is not None:
+            parameters = faiss.SearchParameters()
+        if selector is not None:
+            parameters.sel = selector
+        return parameters
+
+    def save(self, path: Path) -> str:
+        """Write the index beside ``path`` and move it there, and return its checksum.
+
+        Raises:
+            OutOfSpaceError: If the disk is full.
+            StoreError: If the file cannot be written.
+        """
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            faiss.write_index(self._index, str(temporary))
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            digest = checksum(temporary)
+            temporary.replace(path)
+            _sync_directory(path.parent)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            kind = OutOfSpaceError if "No space left" in str(error) else StoreError
+            raise kind(
+                f"{path} cannot be written ({_reason(error)}); no passage is lost, it is made again when the "
+                "index is opened; free some space and check that the directory may be written to"
+            ) from error
+        return digest
+
+    def load(self, path: Path, digest: str) -> bool:
+        """Read what ``save`` wrote; return False, and stay empty, if it is gone or not the same."""
+        try:
+            if checksum(path) != digest:
+                return False
+            self._index = faiss.read_index(str(path))
+        except (OSError, RuntimeError) as error:
+            logger.debug("%s: %s", path, error)
+            return False
+        return True
+
+
+def checksum(path: Path) -> str:
+    """Return the checksum of a file, 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The last part of a FAISS message: what went wrong, without where in its source."""
+    return str(error).strip().rpartition("Error: ")[2].partition("\n")[0]
