@@ -223,7 +223,7 @@ class Manifest:
     def drop_blocks(self, delete: Callable[[list[str]], object]) -> int:
         """Have blocks that no passage needs deleted, then forget them; see ``drop_passages``."""
         is_unused = "NOT EXISTS (SELECT 1 FROM passages AS p WHERE p.block_id = blocks.block_id)"
-        return self._drop("blocks", "block_id", f"is_done = 0 AND {is_unused}", _PAGE, delete)
+        return self._drop("blocks", "block_id", is_unused, _PAGE, delete)
 
     def _drop(
         self, table: str, column: str, condition: str, page: int, delete: Callable[[list[str]], object]
@@ -248,12 +248,15 @@ class Manifest:
             usage: How often each block was read, by block id; counts as much as one document each.
         """
         uses = usage or {}
-        hottest = heapq.nlargest(
-            count, ((refs + uses.get(block_id, 0), block_id) for block_id, refs in self._references())
+        counted = ((num_documents + uses.get(name, 0), name) for name, num_documents in self._references())
+        self.choose(name for _, name in heapq.nlargest(count, counted))
+
+    def choose(self, block_ids: Iterable[str]) -> None:
+        """Choose blocks for ``pending``."""
+        self._database.execute("DELETE FROM chosen")
+        self._database.execute(
+            "INSERT OR IGNORE INTO chosen SELECT value FROM json_each(?)", as_json(block_ids)
         )
-        with self._database.transaction() as connection:
-            connection.execute("DELETE FROM chosen")
-            connection.executemany("INSERT INTO chosen VALUES (?)", [(block_id,) for _, block_id in hottest])
 
     def _references(self) -> Iterator[tuple[str, int]]:
         yield from self._database.read(
@@ -337,6 +340,12 @@ class Manifest:
         """Count documents, passages and blocks, all of them and those with work left."""
         with self._database.snapshot() as connection:
             return count(connection)
+
+    def copy_to(self, directory: Path | str) -> Manifest:
+        """Return a copy in another directory, to try things out on."""
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._database.copy_to(Path(directory) / FILE_NAME)
+        return Manifest(directory)
 
     def problems(self) -> list[str]:
         """Return what SQLite finds wrong with the file; reads all of it."""

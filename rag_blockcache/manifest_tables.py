@@ -81,7 +81,8 @@ def insert_document(connection: sqlite3.Connection, document: DocumentRecord) ->
         [(passage.block_id, passage.num_tokens) for passage in passages],
     )
     connection.executemany(
-        "INSERT OR IGNORE INTO passages (passage_id, block_id) VALUES (?, ?)",
+        "INSERT INTO passages (passage_id, block_id) VALUES (?, ?) "
+        "ON CONFLICT (passage_id) DO UPDATE SET block_id = excluded.block_id",
         [(passage.passage_id, passage.block_id) for passage in passages],
     )
     connection.executemany(

@@ -170,6 +170,24 @@ def test_missing_vectors_and_blocks_are_made_again(manifest):
     assert [block.passage_id for block in manifest.pending(9)] == ["b"]
 
 
+def test_a_passage_whose_block_has_another_name_by_now_is_encoded_again(manifest):
+    manifest.replace_documents([document("d", "a")])
+    finish(manifest)
+    manifest.replace_documents([DocumentRecord("d", "1", (PassageRecord("a", "renamed", 7),))])
+    assert [block.block_id for block in manifest.pending(9)] == ["renamed"]
+    dropped: list[str] = []
+    manifest.drop_blocks(dropped.extend)
+    assert dropped == ["block-a"]
+
+
+def test_a_copy_changes_and_the_original_does_not(manifest, tmp_path):
+    manifest.replace_documents([document("d", "a")])
+    copy = manifest.copy_to(tmp_path / "elsewhere")
+    copy.remove_documents(["d"])
+    copy.close()
+    assert manifest.passages_of("d") == ["a"]
+
+
 def test_counts_tell_what_there_is_and_what_is_left(manifest):
     manifest.replace_documents([document("d", "aA"), document("e", "ab")])
     manifest.mark_embedded("a")
