@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.store.block_file import check_states, stored_bytes
-
-logger = logging.getLogger(__name__)
 
 SECONDS_PER_TOKEN = 1e-3  # stands in for an unknown cost; only its ratio to measured costs matters
 
@@ -47,24 +44,21 @@ def new_blocks(
     ]
 
 
-def fitting_batches(blocks: Iterable[NewBlock], room_bytes: int) -> Iterator[list[NewBlock]]:
-    """Cut blocks into batches that fit into ``room_bytes`` on disk; leave out those that never do."""
+def next_batch(blocks: list[NewBlock], room_bytes: int) -> tuple[list[NewBlock], list[NewBlock]]:
+    """Cut off the blocks that fit into ``room_bytes`` on disk together.
+
+    Returns:
+        The batch, which leaves out blocks that would not fit alone, and the rest. Without any rest, the
+        batch can be empty.
+    """
     batch: list[NewBlock] = []
     taken = 0
-    for block in blocks:
+    for index, block in enumerate(blocks):
         num_bytes = stored_bytes(block.states)
         if num_bytes > room_bytes:
-            logger.warning(
-                "block %s is not stored: it takes %d bytes, the disk budget and what is pinned leave %d",
-                block.block_id,
-                num_bytes,
-                room_bytes,
-            )
             continue
         if taken + num_bytes > room_bytes:
-            yield batch
-            batch, taken = [], 0
+            return batch, blocks[index:]
         batch.append(block)
         taken += num_bytes
-    if batch:
-        yield batch
+    return batch, []

@@ -204,17 +204,19 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
         Returns:
             Ids of the blocks whose file is gone, and the number of files deleted.
         """
-        rows = self._rows("SELECT rowid, filename, key, raw AND mode = 2 FROM Cache")
+        rows = self._rows("SELECT rowid, filename, key, raw AND mode = 2 AND typeof(key) = 'text' FROM Cache")
         present = set(self._list_files())
-        lost = [row for row in rows if not (row[3] and row[1] in present)]
-        if lost:
+        suspects = [row for row in rows if not (row[3] and row[1] in present)]
+        lost = []
+        if suspects:
             with self._changing() as sql:
-                for rowid, name, _, _ in lost:
-                    sql("DELETE FROM Cache WHERE rowid = ? AND filename IS ?", (rowid, name))
+                for rowid, name, block_id, _ in suspects:  # unless deleted meanwhile, both entry and file
+                    if sql("DELETE FROM Cache WHERE rowid = ? AND filename IS ?", (rowid, name)).rowcount:
+                        lost.append(str(block_id))
                 sql("DELETE FROM Usage WHERE block_id NOT IN (SELECT key FROM Cache)")
         orphans = present - {row[1] for row in rows}
         self._delete_files(orphans)
-        return [str(block_id) for _, _, block_id, _ in lost], len(orphans)
+        return lost, len(orphans)
 
     def _list_files(self) -> Iterator[str]:
         """Yield the names of all files that may hold a block; other files are not ours to judge."""

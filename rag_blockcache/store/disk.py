@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError
 from rag_blockcache.kv_states import KVStates
-from rag_blockcache.store.batches import NewBlock, fitting_batches, new_blocks
+from rag_blockcache.store.batches import NewBlock, new_blocks, next_batch
 from rag_blockcache.store.block_directory import locked, open_directory
 from rag_blockcache.store.block_file import read_block, request_file, stored_bytes, write_block
 from rag_blockcache.store.block_index import BlockIndex
@@ -138,10 +138,19 @@ class DiskStore(MutableMapping[str, KVStates]):
         """
         new = new_blocks(blocks, cost_seconds)
         kept = {block.block_id for block in new if self._index.is_readable(block.block_id)}
+        rest = [block for block in new if block.block_id not in kept]
         self.flush()  # eviction should know of all uses
-        for batch in fitting_batches([block for block in new if block.block_id not in kept], self._room()):
-            self._write(batch)
-            kept.update(block.block_id for block in batch)
+        while rest:
+            batch, rest = next_batch(rest, self._room())
+            if batch:
+                self._write(batch)
+                kept.update(block.block_id for block in batch)
+        left_out = [block.block_id for block in new if block.block_id not in kept]
+        if left_out:
+            reason = f"the disk budget leaves {self._room()} bytes beside what is pinned"
+            logger.warning(
+                "%d of %d blocks, %s first, were not stored: %s", len(left_out), len(new), left_out[0], reason
+            )
         return [block.block_id for block in new if block.block_id in kept]
 
     def get_many(self, block_ids: Iterable[str]) -> dict[str, KVStates]:
@@ -165,7 +174,7 @@ class DiskStore(MutableMapping[str, KVStates]):
     def count_uses(self, block_ids: Iterable[str]) -> None:
         """Count a use of blocks that were served from elsewhere, so that they are not evicted as idle."""
         with self._lock:
-            self._uses.update(block_ids)
+            self._uses.update(list(block_ids))  # a Counter would add the values of a mapping
 
     def pin(self, block_ids: Iterable[str]) -> None:
         """Keep these blocks from eviction, by any process, now or when they arrive, until unpinned."""

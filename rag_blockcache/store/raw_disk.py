@@ -51,7 +51,7 @@ class RawDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> str:
         """Return the name of the file, unopened, if it is one of ours."""
-        if mode != MODE_BINARY or filename is None:
+        if mode != MODE_BINARY or not filename:
             raise ForeignEntryError("its value is not a file of raw bytes")
         self.path(filename)
         return filename
@@ -63,8 +63,8 @@ class RawDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
 
     def path(self, name: str) -> Path:
         """Return the path of a file of ours, which can only lie inside the directory."""
-        directory = Path(self._directory)
-        path = directory / name
-        if not FILE_NAME.fullmatch(name) or path.resolve() != directory.resolve() / name:
-            raise ForeignEntryError(f"its file name {name!r} is not one of ours")
-        return path
+        if type(name) is str and FILE_NAME.fullmatch(name):
+            path = Path(self._directory, name)
+            if not path.is_symlink() and not path.parent.is_symlink():
+                return path
+        raise ForeignEntryError(f"its file name {name!r} is not one of ours")
