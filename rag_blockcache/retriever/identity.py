@@ -11,7 +11,6 @@ from rag_blockcache.retriever.embedder import Embedder, Vectors
 from rag_blockcache.retriever.passage_table import PassageTable
 from rag_blockcache.retriever.vector_index import trained_template
 
-INDEX_FILE = "vectors.faiss"
 TABLE_FILE = "passages.sqlite"
 
 _NEAR = 0.15  # distance of unit vectors: devices and dtypes differ by less, other models by far more
@@ -29,9 +28,9 @@ def prepared(directory: Path) -> Path:
         raise StoreError(
             f"{directory} cannot be a directory ({error.strerror}); choose another one"
         ) from error
-    if (directory / INDEX_FILE).exists() and not (directory / TABLE_FILE).exists():
+    if any(directory.glob("*.faiss")) and not (directory / TABLE_FILE).exists():
         raise StoreError(
-            f"{directory} holds {INDEX_FILE} without {TABLE_FILE}, so its passages are unknown; restore that "
+            f"{directory} holds a FAISS file without {TABLE_FILE}, so its passages are unknown; restore that "
             "file too, or index the documents into another directory"
         )
     return directory

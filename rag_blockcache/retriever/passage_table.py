@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 _APPLICATION_ID = 0x52424349  # "RBCI", in the file's header: this is one of ours
 _CHUNK = 900  # ids in one statement; some builds of SQLite take no more than 999 parameters
 _CACHE_KIBIBYTES = 65_536  # SQLite's own two MiB make a large add write its pages twice
+_STRAY = "WHERE vector_id NOT IN (SELECT vector_id FROM passages)"
 _SCHEMA = """
     CREATE TABLE settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
     INSERT INTO settings VALUES ('generation', 0);
@@ -196,10 +197,17 @@ class PassageTable:
             return int(connection.execute("SELECT count(*) FROM passages").fetchone()[0])
 
     def damage(self) -> list[str]:
-        """Return what SQLite finds wrong with the file, a line for each; empty when it is sound."""
+        """Return what is wrong with the file itself, a line for each; empty when it is sound."""
         with self.transaction() as connection:
             rows = connection.execute("PRAGMA integrity_check").fetchall()
-        return [f"{self.path}: {row[0]}" for row in rows if row[0] != "ok"]
+            strays = connection.execute(f"SELECT vector_id FROM vectors {_STRAY}").fetchall()
+        found = [f"{self.path}: {row[0]}" for row in rows if row[0] != "ok"]
+        return found + [f"vector {row[0]} belongs to no passage; call rebuild()" for row in strays]
+
+    def delete_strays(self) -> None:
+        """Delete vectors that belong to no passage."""
+        with self.transaction(writes=True) as connection:
+            connection.execute(f"DELETE FROM vectors {_STRAY}")
 
     def close(self) -> None:
         """Close the file; nothing else may be called after."""

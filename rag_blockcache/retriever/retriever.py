@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.passages import Passage, as_passages
 from rag_blockcache.retriever.embedder import Embedder, EmbedFunction, Vectors, unit_vectors
 from rag_blockcache.retriever.identity import (
-    INDEX_FILE,
     TABLE_FILE,
     check_embedder,
     check_opening,
@@ -28,10 +26,9 @@ from rag_blockcache.retriever.identity import (
 from rag_blockcache.retriever.metadata_filter import Where, matching
 from rag_blockcache.retriever.passage_table import PassageTable
 from rag_blockcache.retriever.ranking import nearest
-from rag_blockcache.retriever.vector_index import Ids, VectorIndex, untrained_index
+from rag_blockcache.retriever.synced_index import SyncedIndex
+from rag_blockcache.retriever.vector_index import Ids, untrained_index
 from rag_blockcache.retriever.verification import problems
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,8 @@ class Retriever:
     ) -> None:
         self.directory = Path(directory)
         self._table = PassageTable(prepared(self.directory) / TABLE_FILE)
-        self._index: VectorIndex | None = None  # None until it is needed, and while nothing was added
-        self._generation = -1  # of the table, when the index was last the same
-        self._metadata: dict[int, dict[str, Any]] | None = None  # read when a filter asks for it
+        self._index = SyncedIndex(self._table, self.directory)
+        self._metadata: tuple[int, dict[int, dict[str, Any]]] = (-1, {})  # of a generation of the table
         self._has_written = False
         self._wanted_factory = index_factory
         with ExitStack() as undo:
@@ -215,11 +211,11 @@ class Retriever:
         condition = None if where is None else matching(where)
         vectors = self._embed_queries(queries)
         with self._table.transaction():
-            index = self._synced_index()
+            index = self._index.current()
             if index is None or not vectors.size:
                 return [[] for _ in vectors]
             check_vectors(self._table, vectors.shape[1])
-            hits = nearest(index, self._read, vectors, k, self._allowed(condition))
+            hits = nearest(index, self._index.read, vectors, k, self._allowed(condition))
             found = self._table.passages_of_vectors({hit.vector_id for row in hits for hit in row})
         return [[SearchResult(found[hit.vector_id], hit.score) for hit in row] for row in hits]
 
@@ -244,25 +240,18 @@ class Retriever:
         Raises:
             OutOfSpaceError: If the disk is full.
         """
-        with self._table.transaction(writes=True):
-            index = self._synced_index()
-            if index is None or self._table.setting("saved_generation") == self._generation:
-                return
-            digest = index.save(self.directory / INDEX_FILE)
-            self._table.record(saved_digest=digest, saved_generation=self._generation)
+        self._index.save()
         self._has_written = False
 
     def rebuild(self) -> None:
         """Make the FAISS index anew from the stored vectors, and save it."""
-        with self._table.transaction(writes=True):
-            self._table.record(saved_digest="", saved_generation=-1)
-            self._index, self._generation = None, -1
-            self.save()
+        self._index.forget()
+        self.save()
 
     def verify(self) -> list[str]:
         """Return what is wrong, a sentence for each problem; empty when all is well."""
         with self._table.transaction():
-            return problems(self._table, self._synced_index(), self.directory / INDEX_FILE)
+            return problems(self._table, self._index.current(), self.directory)
 
     def close(self) -> None:
         """Save what this retriever wrote, and close the files; it cannot be used after."""
@@ -313,37 +302,14 @@ class Retriever:
             return np.empty((len(queries), 0), np.float32)
         return self._checked_embedder().embed(queries, is_query=True)
 
-    def _synced_index(self) -> VectorIndex | None:
-        """Bring the index up to what is committed; the caller is in a transaction."""
-        generation = self._table.setting("generation")
-        if generation != self._generation:
-            self._metadata = None
-            self._index = self._index or self._opened_index()
-            if self._index is not None:
-                self._index.match(self._table.vector_ids(), self._read)
-            self._generation = generation
-        return self._index
-
-    def _opened_index(self) -> VectorIndex | None:
-        template = self._table.setting("template")
-        if template is None:
-            return None
-        index, digest = VectorIndex(template), self._table.setting("saved_digest")
-        if digest and not index.load(self.directory / INDEX_FILE, digest):
-            logger.warning("%s is gone or was changed; made again", self.directory / INDEX_FILE)
-        return index
-
-    def _read(self, vector_ids: Ids) -> Iterator[tuple[Ids, Vectors]]:
-        return self._table.embeddings(vector_ids, self._table.setting("dimension"))
-
     def _allowed(self, condition: Callable[[Mapping[str, Any]], bool] | None) -> Ids | None:
         if condition is None:
             return None
-        if self._metadata is None:
-            self._metadata = self._table.metadata()
-        return np.array(
-            [vector_id for vector_id, held in self._metadata.items() if condition(held)], np.int64
-        )
+        generation = self._table.setting("generation")
+        if self._metadata[0] != generation:
+            self._metadata = (generation, self._table.metadata())
+        ids = [vector_id for vector_id, held in self._metadata[1].items() if condition(held)]
+        return np.array(ids, np.int64)
 
 
 def _are_texts(queries: Sequence[str] | ArrayLike) -> TypeGuard[Sequence[str]]:

@@ -171,44 +171,60 @@ class VectorIndex:
             parameters.sel = selector
         return parameters
 
-    def save(self, path: Path) -> str:
-        """Write the index beside ``path`` and move it there, and return its checksum.
+    def save(self, directory: Path) -> str:
+        """Write the index to a file that is named by its content, and return the name.
+
+        Whoever records the name makes the file valid; until then it is not looked at.
 
         Raises:
             OutOfSpaceError: If the disk is full.
             StoreError: If the file cannot be written.
         """
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = directory / "vectors.tmp"
         try:
             faiss.write_index(self._index, str(temporary))
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            digest = checksum(temporary)
+            path = directory / f"vectors-{_checksum(temporary)}.faiss"
             temporary.replace(path)
-            _sync_directory(path.parent)
+            _sync_directory(directory)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
             kind = OutOfSpaceError if "No space left" in str(error) else StoreError
             raise kind(
-                f"{path} cannot be written ({_reason(error)}); no passage is lost, it is made again when the "
-                "index is opened; free some space and check that the directory may be written to"
+                f"the FAISS index cannot be written to {directory} ({_reason(error)}); free some space and "
+                "see that the directory may be written to; passages are safe, the index can be made again"
             ) from error
-        return digest
+        return path.name
 
-    def load(self, path: Path, digest: str) -> bool:
-        """Read what ``save`` wrote; return False, and stay empty, if it is gone or not the same."""
+    def load(self, path: Path) -> bool:
+        """Read what ``save`` wrote; return False, and stay empty, if it is gone or was changed."""
+        if not is_intact(path):
+            return False
         try:
-            if checksum(path) != digest:
-                return False
             self._index = faiss.read_index(str(path))
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:  # between the two looks at it, another process removed it
             logger.debug("%s: %s", path, error)
             return False
         return True
 
 
-def checksum(path: Path) -> str:
-    """Return the checksum of a file, 32 hexadecimal digits."""
+def is_intact(path: Path) -> bool:
+    """Whether a file is there and holds what its name says."""
+    try:
+        return path.name == f"vectors-{_checksum(path)}.faiss"
+    except OSError:
+        return False
+
+
+def remove_other_files(directory: Path, name: str) -> None:
+    """Remove saved indexes other than the one on record."""
+    for path in directory.glob("vectors-*.faiss"):
+        if path.name != name:
+            path.unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from rag_blockcache.retriever.passage_table import PassageTable
-from rag_blockcache.retriever.vector_index import Ids, VectorIndex, checksum
+from rag_blockcache.retriever.vector_index import Ids, VectorIndex, is_intact
 
 _OFF = 1e-3  # a stored vector has length one, or nought
 
 
-def problems(table: PassageTable, index: VectorIndex | None, saved: Path) -> list[str]:
+def problems(table: PassageTable, index: VectorIndex | None, directory: Path) -> list[str]:
     """Compare passages, vectors and FAISS index, and return a sentence for each thing that is wrong.
 
     Args:
         table: In a transaction, so that nothing changes meanwhile.
         index: The FAISS index, brought up to the table; None while nothing was added.
-        saved: Where it was saved.
+        directory: Where it is saved.
     """
     found = table.damage()
     if index is None:
@@ -36,9 +36,9 @@ def problems(table: PassageTable, index: VectorIndex | None, saved: Path) -> lis
         f"id {vector_id} of the FAISS index has no passage; call rebuild()"
         for vector_id in np.setdiff1d(index.ids, ids)
     ]
-    digest = table.setting("saved_digest")
-    if digest and (not saved.is_file() or checksum(saved) != digest):
-        found.append(f"{saved} is gone or was changed; no passage is lost, call rebuild()")
+    saved = table.setting("saved_file")
+    if saved and not is_intact(directory / saved):
+        found.append(f"{directory / saved} is gone or was changed; no passage is lost, call rebuild()")
     return found
 
 
