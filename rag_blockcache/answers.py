@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from rag_blockcache.generator import Monitor
+from rag_blockcache.generator import Decoded, Monitor
 from rag_blockcache.kv_states import KVStates
+from rag_blockcache.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,29 @@ class Answer:
     num_computed_tokens: int
     policy: str
     policy_reason: str = ""
+
+
+def finished(plan: Plan, decoded: Decoded, text: str, monitor: Monitor) -> Answer:
+    """Put together the answer to a request that went through all stages."""
+    first, last = monitor.first_token_time or plan.start, monitor.last_token_time or plan.start
+    return Answer(
+        text=text,
+        token_ids=decoded.token_ids,
+        finish_reason=decoded.finish_reason,
+        ttft_seconds=first - plan.start,
+        match_seconds=plan.match_seconds,
+        load_seconds=plan.load_seconds,
+        encode_seconds=plan.encode_seconds,
+        assemble_seconds=plan.assemble_seconds,
+        final_block_seconds=plan.final_block_seconds,
+        decode_tokens_per_second=(monitor.num_tokens - 1) / (last - first) if last > first else 0.0,
+        num_hits=plan.num_hits,
+        num_misses=plan.num_passages - plan.num_hits,
+        num_reused_tokens=plan.num_reused,
+        num_computed_tokens=plan.num_tokens - plan.num_reused,
+        policy=plan.policy.name,
+        policy_reason=plan.policy_reason,
+    )
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,11 @@ class PrefillTally:
         self._num_encoded = self._num_tokens = self._num_bytes = 0
         self._start = time.perf_counter()
 
+    def skip(self, num_passages: int) -> None:
+        """Count passages that need no encoding."""
+        self.num_done += num_passages
+        self.tell()
+
     def add(self, encoded: Iterable[KVStates]) -> None:
         """Count blocks that were encoded and stored."""
         for states in encoded:
@@ -146,7 +175,8 @@ class AnswerStream(Iterator[str]):
         pieces: Turns tokens into text.
 
     Attributes:
-        answer: The whole answer once all pieces were read, or what there is of it after ``close``; None before.
+        answer: The whole answer once all pieces were read, or what there is of it after ``close``;
+            None before.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """KV states to one preallocated context: rotate and place in one pass, in a form that transformers accepts.
 
-A context is a run of token slots. A slot is *placed* (its keys and values come from a stored block, moved to its
-position) or *computed* (a forward pass writes them). Computed slots may stand anywhere.
+A context is a run of token slots. A slot is *placed* (its keys and values come from a stored block, moved to
+its position) or *computed* (a forward pass writes them). Computed slots may stand anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rag_blockcache.kv_states import KVStates
-from rag_blockcache.model import Layer, Model
+from rag_blockcache.layers import Layer
+from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles, rotate_keys
 
 
@@ -39,10 +40,10 @@ class _Run:
     values: Tensor
 
 
-class Context(Cache):  # type: ignore[misc]
+class Context(Cache):
     """Preallocated keys and values of a batch of prompts, usable as a cache of transformers.
 
-    Rows end at the same slot: a shorter prompt begins later, at ``starts[row]``. Slots before that hold no token.
+    Rows end at the same slot: a shorter prompt begins later, at ``starts[row]``, and no token stands before.
 
     Args:
         model: The model that will attend to it.
@@ -57,12 +58,12 @@ class Context(Cache):  # type: ignore[misc]
         self._slots: Tensor | slice = slice(0, 0)
         self._end = 0
         self._runs = list(_allocate(model, len(lengths), self.length + room))
-        layers = [
+        self._context_layers = [
             _ContextLayer(self, run.keys[i], run.values[i])
             for run in self._runs
             for i in range(run.stop - run.start)
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers=list(self._context_layers))
 
     @torch.inference_mode()
     def place(self, row: int, placements: Iterable[Placement], total_length: int) -> None:
@@ -93,9 +94,9 @@ class Context(Cache):  # type: ignore[misc]
             end: The pass attends to slots before this one.
         """
         self._slots, self._end = slots, end
-        capacity = self.layers[0].keys.shape[-2]
+        capacity = self._context_layers[0].keys.shape[-2]
         if end > capacity:
-            for layer in self.layers:
+            for layer in self._context_layers:
                 layer.grow(max(end, capacity + capacity // 2))
 
     def visible(self, end: int, device: torch.device) -> Tensor:
@@ -118,24 +119,26 @@ class Context(Cache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, as beam search asks for."""
         self.starts = [start for start in self.starts for _ in range(repeats)]
-        for layer in self.layers:
+        for layer in self._context_layers:
             layer.keys = layer.keys.repeat_interleave(repeats, dim=0)
             layer.values = layer.values.repeat_interleave(repeats, dim=0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, as beam search asks for."""
         self.starts = [self.starts[i] for i in beam_idx.tolist()]
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # transformers asks for a legacy tensor class
 
 
-class _ContextLayer(CacheLayerMixin):  # type: ignore[misc]
+class _ContextLayer(CacheLayerMixin):
     """One layer of a context: writes at the slots that the context says, returns the run up to its end."""
 
     is_sliding = False  # all slots are kept; windows are a matter of the mask
     is_croppable = True
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, context: Context, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._context = context
         self.keys, self.values = keys, values  # (batch, num_kv_heads, num_slots, head_dim)
         self.is_initialized = True

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,38 +14,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rag_blockcache.answers import Answer, AnswerStream, PrefillProgress, PrefillReport, PrefillTally
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.answers import (
+    Answer,
+    AnswerStream,
+    PrefillProgress,
+    PrefillReport,
+    PrefillTally,
+    finished,
+)
+from rag_blockcache.assembler import Context
+from rag_blockcache.block_source import BlockSource
 from rag_blockcache.break_even import BreakEven
-from rag_blockcache.encoder import encode_blocks
-from rag_blockcache.errors import (
-    ContextTooLongError,
-    InvalidInputError,
-    OutOfSpaceError,
-    UnsupportedModelError,
-)
-from rag_blockcache.generator import (
-    Computed,
-    Decoded,
-    Monitor,
-    check_options,
-    cut_at_stop,
-    decode,
-    prefill,
-    text_pieces,
-)
+from rag_blockcache.errors import ContextTooLongError, InvalidInputError
+from rag_blockcache.generator import Monitor, check_options, decode, prefill
 from rag_blockcache.kv_states import KVStates
-from rag_blockcache.model import load_model
-from rag_blockcache.passages import Block, Passage, as_passages, block_id
+from rag_blockcache.loading import load_model
+from rag_blockcache.passages import Block, Passage, as_passages
 from rag_blockcache.plan import Plan
 from rag_blockcache.prompt import Message, PassageFormat, Prompt, Segment
-from rag_blockcache.reuse import choose_policy, parse_policy
+from rag_blockcache.reuse import FULL, choose_policy, parse_policy
+from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
-
-logger = logging.getLogger(__name__)
+from rag_blockcache.text_stream import cut_at_stop, stop_strings, text_pieces
 
 _GROUP = 1024  # passages whose tokens are looked at together, so that rows of a batch are alike in length
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 
 
 class BlockCache:
@@ -55,9 +46,10 @@ class BlockCache:
     Args:
         model: Hub id, local path, or a loaded causal language model of transformers (then ``tokenizer``
             is needed, and the model is used as it is).
-        directory: Where blocks are kept on disk, in its folder ``blocks``; None keeps them in memory only.
+        directory: Blocks are kept on disk in its folder ``blocks``; None keeps them in memory only.
         tokenizer: The model's own by default.
-        device: For a model loaded by name: ``"cpu"``, ``"cuda"``, ``"auto"`` …; None takes a GPU if there is one.
+        device: For a model loaded by name: ``"cpu"``, ``"cuda"``, ``"auto"`` …; None takes a GPU if there is
+            one.
         dtype: For a model loaded by name, such as ``"bfloat16"``; None keeps that of its files.
         adapter: A PEFT adapter for a model loaded by name.
         preamble: Text before the passages; None takes that of the passage format.
@@ -98,22 +90,20 @@ class BlockCache:
         memory_budget_bytes: int | None = 4 * 2**30,
         salt: str = "",
     ) -> None:
-        memory = MemoryStore(memory_budget_bytes)
-        disk = (
-            None
-            if directory is None
-            else DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
-        )
-        self.store = TieredStore(memory, disk)
+        disk = None
+        if directory is not None:
+            disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
+        self.store = TieredStore(MemoryStore(memory_budget_bytes), disk)
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
+        check_reuse(self.model)
         self.tokenizer = self.model.tokenizer
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
-        self.condition_on_preamble = condition_on_preamble
-        self.fingerprint = hashlib.blake2b(
-            json.dumps([self.model.fingerprint, salt]).encode(), digest_size=16
-        ).hexdigest()
+        named = json.dumps([self.model.fingerprint, salt])
+        self.fingerprint = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+        self._blocks = BlockSource(
+            self.model, self.store, fingerprint=self.fingerprint, condition_on_preamble=condition_on_preamble
+        )
         self._break_even = BreakEven(self.model)
-        self._check_reuse()
 
     def __enter__(self) -> BlockCache:
         return self
@@ -139,11 +129,17 @@ class BlockCache:
             One list a segment; the first (preamble) may be empty. Only the ``template`` format puts
             segments between passages, where the chat template writes something there.
         """
-        return [list(segment.token_ids) for segment in self._segments(question, passages, chat)]
+        cut = self.prompt.segments(question, as_passages(passages), **chat)
+        return [list(segment.token_ids) for segment in cut]
 
     def block(self, passage: str | Passage) -> Block:
         """Return the tokens and the name of a passage's block; nothing is encoded."""
-        return self._block(self.prompt.passage_tokens(as_passages([passage])[0]), self._usual_preamble(), "")
+        token_ids = self.prompt.passage_tokens(as_passages([passage])[0])
+        return self._blocks.block(token_ids, preamble=self._usual_preamble())
+
+    def _usual_preamble(self) -> tuple[int, ...]:
+        """Return the tokens before the passages in a prompt without system prompt, history or tools."""
+        return self.prompt.segments("?", [Passage("?")])[0].token_ids
 
     # Encoding
 
@@ -170,40 +166,27 @@ class BlockCache:
         tally = PrefillTally(len(passages) if isinstance(passages, Sequence) else None, progress)
         remaining = iter(passages)
         while group := as_passages(islice(remaining, _GROUP)):
-            self._prefill_group(group, tally)
+            missing = self._missing(group, tally.num_done)
+            tally.skip(len(group) - len(missing))
+            for batch, seconds in self._blocks.encode(missing, self._usual_preamble()):
+                self.store.put_many(batch, cost_seconds=seconds)
+                tally.add(batch.values())
         return tally.report()
 
-    def _prefill_group(self, group: Sequence[Passage], tally: PrefillTally) -> None:
+    def _missing(self, group: Sequence[Passage], num_before: int) -> list[Block]:
+        """Return the blocks of a group that are not stored, each once."""
+        preamble = self._usual_preamble()
         missing: dict[str, Block] = {}
-        for passage in group:
-            block = self.block(passage)
+        for index, passage in enumerate(group):
+            block = self._blocks.block(self.prompt.passage_tokens(passage), preamble=preamble)
             if len(block.token_ids) > self.model.max_length:
                 raise ContextTooLongError(
-                    f"passage {tally.num_done} has {len(block.token_ids)} tokens, the context window of the model "
-                    f"is {self.model.max_length}; split it into shorter passages"
+                    f"passage {num_before + index} has {len(block.token_ids)} tokens, the context window of "
+                    f"the model is {self.model.max_length}; split it into shorter passages"
                 )
-            tally.num_done += 1
             if block.block_id not in missing and block.block_id not in self.store:
                 missing[block.block_id] = block
-        tally.num_done -= len(missing)
-        for batch, seconds in self._encode(list(missing.values()), self._usual_preamble(), ""):
-            self.store.put_many(batch, cost_seconds=seconds)
-            tally.add(batch.values())
-        tally.tell()
-
-    def _encode(
-        self, blocks: Sequence[Block], preamble: Sequence[int], regime: str
-    ) -> Iterator[tuple[dict[str, KVStates], float]]:
-        """Yield the states of blocks a batch at a time, with the seconds that each batch took."""
-        before = None
-        if self.condition_on_preamble and preamble and blocks:
-            before = self._preamble_states(preamble, regime)
-        start = time.perf_counter()
-        token_ids = [block.token_ids for block in blocks]
-        for batch in encode_blocks(self.model, token_ids, conditioned_on=before, regime=regime):
-            states = {blocks[index].block_id: states for index, states in batch}
-            yield states, time.perf_counter() - start
-            start = time.perf_counter()
+        return list(missing.values())
 
     # Answering
 
@@ -241,8 +224,9 @@ class BlockCache:
                 encoded or stored by then.
         """
         start = time.perf_counter()
+        _check_request(max_new_tokens, options)
         chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
-        plan = self._plan(question, passages, policy, chat, max_new_tokens, options, start)
+        plan = self._plan(question, passages, policy, chat, max_new_tokens, start)
         return self._answer([plan], max_new_tokens, options, Monitor())[0]
 
     def stream(
@@ -260,16 +244,18 @@ class BlockCache:
         """Answer as ``generate`` does, piece by piece.
 
         Returns:
-            An iterator over pieces of text; read to its end, it has the ``answer``. Closing it stops decoding.
+            An iterator over pieces of text; read to its end, it has the ``answer``. Closing it stops
+            decoding.
         """
         start = time.perf_counter()
+        _check_request(max_new_tokens, options)
         if options.get("num_beams", 1) != 1:
             raise InvalidInputError(
                 "beam search cannot be streamed, its best beam is known at the end; use generate"
             )
         chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
-        plan = self._plan(question, passages, policy, chat, max_new_tokens, options, start)
-        stops = _stop_strings(options)
+        plan = self._plan(question, passages, policy, chat, max_new_tokens, start)
+        stops = stop_strings(options)
         return AnswerStream(
             lambda monitor: self._answer([plan], max_new_tokens, options, monitor)[0],
             lambda tokens: text_pieces(self.model, tokens, stops),
@@ -295,8 +281,9 @@ class BlockCache:
             An answer a request, in their order; times to first token are those of the whole batch.
         """
         start = time.perf_counter()
+        _check_request(max_new_tokens, options)
         plans = [
-            self._plan(question, passages, policy, {}, max_new_tokens, options, start)
+            self._plan(question, passages, policy, {}, max_new_tokens, start)
             for question, passages in requests
         ]
         return self._answer(plans, max_new_tokens, options, Monitor()) if plans else []
@@ -312,8 +299,8 @@ class BlockCache:
             policy: As for ``generate``.
             **chat: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
         """
-        plan = self._plan(question, passages, policy, chat, 0, {}, time.perf_counter())
-        return self._first_logits([plan], room=0)[1][0, -1].float().cpu()
+        plan = self._plan(question, passages, policy, chat, 0, time.perf_counter())
+        return self._prefill([plan])[1][0, -1].float().cpu()
 
     def score(
         self,
@@ -341,17 +328,12 @@ class BlockCache:
         )
         if not token_ids:
             raise InvalidInputError("the continuation is empty; give a text or token ids to score")
-        plan = self._plan(question, passages, policy, chat, 0, {}, time.perf_counter(), token_ids[:-1])
-        logits = self._first_logits([plan], room=0, num_logits=len(token_ids))[1][0]
+        plan = self._plan(question, passages, policy, chat, 0, time.perf_counter(), token_ids[:-1])
+        logits = self._prefill([plan], num_logits=len(token_ids))[1][0]
         log_probabilities = logits.float().log_softmax(dim=-1).cpu()
         return log_probabilities.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
 
     # The stages of a request
-
-    def _segments(
-        self, question: str, passages: Iterable[str | Passage], chat: Mapping[str, Any]
-    ) -> list[Segment]:
-        return self.prompt.segments(question, as_passages(passages), **chat)
 
     def _plan(
         self,
@@ -360,115 +342,69 @@ class BlockCache:
         policy: str,
         chat: Mapping[str, Any],
         max_new_tokens: int,
-        options: Mapping[str, Any],
         start: float,
         continuation: Sequence[int] = (),
     ) -> Plan:
-        check_options(options)
-        segments = self._segments(question, passages, chat)
+        """Decide what is placed and what is computed; raise what is wrong with a request before any work."""
+        segments = self.prompt.segments(question, as_passages(passages), **chat)
         if continuation:
             segments[-1] = Segment("text", (*segments[-1].token_ids, *continuation))
         total = sum(len(segment.token_ids) for segment in segments)
         if total + max_new_tokens > self.model.max_length:
             raise ContextTooLongError(
-                f"the prompt has {total} tokens and the answer may have {max_new_tokens}, the context window of the "
-                f"model is {self.model.max_length}; pass fewer or shorter passages, or a smaller max_new_tokens"
+                f"the prompt has {total} tokens and the answer may have {max_new_tokens}, the context window "
+                f"of the model is {self.model.max_length}; pass fewer or shorter passages, or a smaller "
+                "max_new_tokens"
             )
-        chosen, reason = (
-            choose_policy(self.model.is_block_fine_tuned) if policy == "auto" else (parse_policy(policy), "")
-        )
+        chosen, reason = parse_policy(policy), ""
+        if chosen is None:
+            chosen, reason = choose_policy(self.model.is_block_fine_tuned)
         regime = self.model.regime(total)
         if regime is None and not chosen.is_full:
-            chosen, reason = (
-                parse_policy("full"),
-                "the rotary frequencies of this model depend on the prompt's length",
-            )
+            chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"
         plan = Plan(segments, chosen, reason, regime or "", is_auto=policy == "auto", start=start)
-        if not chosen.is_full:
-            preamble = segments[0].token_ids
-            plan.keeps_preamble = not chat.get("chat_history")
-            for index, segment in enumerate(segments):
-                if segment.kind == "passage":
-                    plan.blocks[index] = self._block(segment.token_ids, preamble, plan.regime)
-                elif index == 0 and segment.token_ids:
-                    plan.blocks[index] = self._block(segment.token_ids, (), plan.regime)
+        plan.keeps_preamble = not chat.get("chat_history")
+        for index, segment in enumerate(segments):
+            if segment.kind == "passage" and not chosen.is_full:
+                plan.blocks[index] = self._blocks.block(
+                    segment.token_ids, preamble=segments[0].token_ids, regime=plan.regime
+                )
+        if segments[0].token_ids and not chosen.is_full:
+            plan.blocks[0] = self._blocks.block(segments[0].token_ids, regime=plan.regime)
         plan.match_seconds = time.perf_counter() - start
         return plan
 
     def _load(self, plan: Plan) -> dict[str, KVStates]:
-        """Return the states of a plan's blocks, from the store or encoded now."""
-        start = time.perf_counter()
-        names = {block.block_id: block for block in plan.blocks.values()}
-        states = self.store.get_many(list(names))
-        plan.found = frozenset(states)
-        plan.load_seconds = time.perf_counter() - start
-        if plan.is_auto and not self._break_even.pays(plan.num_reused):
-            plan.policy, plan.policy_reason = (
-                parse_policy("full"),
-                "so few tokens are computed sooner than reused",
-            )
+        """Return the states that a plan places."""
+        if plan.policy.is_full:
             return {}
-        start = time.perf_counter()
-        states |= self._encode_missing(
-            plan, {name: block for name, block in names.items() if name not in states}
-        )
-        plan.encode_seconds = time.perf_counter() - start
-        return states
+        states = self._blocks.load(plan)
+        if plan.is_auto and not self._break_even.pays(plan.num_placed):
+            plan.policy, plan.policy_reason = FULL, "so few tokens are computed sooner than reused"
+            return {}
+        return states | self._blocks.encode_missing(plan)
 
-    def _encode_missing(self, plan: Plan, missing: dict[str, Block]) -> dict[str, KVStates]:
-        encoded: dict[str, KVStates] = {}
-        preamble = plan.segments[0].token_ids
-        first = plan.blocks.get(0)
-        if first is not None and missing.pop(first.block_id, None) is not None:
-            encoded[first.block_id] = self._preamble_states(preamble, plan.regime, keep=plan.keeps_preamble)
-        for batch, seconds in self._encode(list(missing.values()), preamble, plan.regime):
-            encoded |= batch
-            self._keep(batch, seconds)
-        return encoded
-
-    def _preamble_states(self, preamble: Sequence[int], regime: str, *, keep: bool = True) -> KVStates:
-        name = self._block(preamble, (), regime).block_id
-        states = self.store.get(name)
-        if states is None:
-            start = time.perf_counter()
-            [[(_, states)]] = encode_blocks(self.model, [preamble], regime=regime)
-            if keep:
-                self._keep({name: states}, time.perf_counter() - start)
-                self.store.pin([name])
-        return states
-
-    def _keep(self, states: Mapping[str, KVStates], seconds: float) -> None:
-        """Store blocks that an answer needed; a full disk must not cost the answer."""
-        try:
-            self.store.put_many(states, cost_seconds=seconds)
-        except OutOfSpaceError as error:
-            logger.warning("answering goes on, but %d blocks were not stored: %s", len(states), error)
-
-    def _first_logits(
-        self, plans: Sequence[Plan], *, room: int, num_logits: int = 1
+    def _prefill(
+        self, plans: Sequence[Plan], *, room: int = 0, num_logits: int = 1
     ) -> tuple[Context, Tensor]:
-        """Load, assemble and prefill; return the context and the logits ``(batch, num_logits, vocab_size)``."""
-        states = [{} if plan.policy.is_full else self._load(plan) for plan in plans]
+        """Load, assemble and prefill; return the context and logits ``(batch, num_logits, vocab_size)``."""
+        states = [self._load(plan) for plan in plans]
         start = time.perf_counter()
-        scratch = 0 if len(plans) == 1 else 1
-        context = Context(self.model, [plan.num_tokens for plan in plans], room=room, scratch=scratch)
+        lengths = [plan.num_tokens for plan in plans]
+        context = Context(self.model, lengths, room=room, scratch=int(len(plans) > 1))
         for row, (plan, loaded) in enumerate(zip(plans, states, strict=True)):
             context.place(row, plan.placements(loaded), plan.num_tokens)
         assembled = time.perf_counter()
         logits = prefill(self.model, context, [plan.computed() for plan in plans], num_logits=num_logits)
         for plan in plans:
-            plan.assemble_seconds, plan.final_block_seconds = (
-                assembled - start,
-                time.perf_counter() - assembled,
-            )
+            plan.assemble_seconds = assembled - start
+            plan.final_block_seconds = time.perf_counter() - assembled
         return context, logits
 
     def _answer(
         self, plans: Sequence[Plan], max_new_tokens: int, options: Mapping[str, Any], monitor: Monitor
     ) -> list[Answer]:
-        if max_new_tokens < 1:
-            raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
-        context, logits = self._first_logits(plans, room=max_new_tokens)
+        context, logits = self._prefill(plans, room=max_new_tokens)
         decoded = decode(
             self.model,
             context,
@@ -478,76 +414,14 @@ class BlockCache:
             monitor=monitor,
             options=options,
         )
-        stops = _stop_strings(options)
-        return [self._finish(plan, row, monitor, stops) for plan, row in zip(plans, decoded, strict=True)]
-
-    def _finish(self, plan: Plan, decoded: Decoded, monitor: Monitor, stops: Sequence[str]) -> Answer:
-        first, last = monitor.first_token_time or plan.start, monitor.last_token_time or plan.start
-        text = self.tokenizer.decode(decoded.token_ids, skip_special_tokens=True)
-        passages = [
-            block.block_id for index, block in plan.blocks.items() if plan.segments[index].kind == "passage"
+        stops = stop_strings(options)
+        texts = [cut_at_stop(self.model.text(row.token_ids), stops) for row in decoded]
+        return [
+            finished(plan, row, text, monitor) for plan, row, text in zip(plans, decoded, texts, strict=True)
         ]
-        num_hits = sum(name in plan.found for name in passages)
-        num_reused = 0 if plan.policy.is_full else plan.num_reused
-        return Answer(
-            text=cut_at_stop(text, stops),
-            token_ids=decoded.token_ids,
-            finish_reason=decoded.finish_reason,
-            ttft_seconds=first - plan.start,
-            match_seconds=plan.match_seconds,
-            load_seconds=plan.load_seconds,
-            encode_seconds=plan.encode_seconds,
-            assemble_seconds=plan.assemble_seconds,
-            final_block_seconds=plan.final_block_seconds,
-            decode_tokens_per_second=(monitor.num_tokens - 1) / (last - first) if last > first else 0.0,
-            num_hits=num_hits,
-            num_misses=len(passages) - num_hits,
-            num_reused_tokens=num_reused,
-            num_computed_tokens=plan.num_tokens - num_reused,
-            policy=plan.policy.name,
-            policy_reason=plan.policy_reason,
-        )
-
-    def _block(self, token_ids: Sequence[int], preamble: Sequence[int], regime: str) -> Block:
-        seen = preamble if self.condition_on_preamble else ()
-        named = f"{self.fingerprint}/{regime}"
-        return Block(tuple(token_ids), block_id(token_ids, fingerprint=named, conditioned_on=seen))
-
-    def _usual_preamble(self) -> tuple[int, ...]:
-        """Return the tokens before the passages in a prompt without system prompt, history or tools."""
-        if not self.condition_on_preamble:
-            return ()
-        return self.prompt.segments("?", [Passage("?")])[0].token_ids
-
-    def _check_reuse(self) -> None:
-        """Compare reuse with the model's own forward pass where both must agree: one block at the start.
-
-        A block at the start, and a final block that sees all of it, is plain causal attention. A model that
-        ignores positions, masks or the cache it is given shows here, whatever its architecture.
-
-        Raises:
-            UnsupportedModelError: If they differ.
-        """
-        token_ids = (torch.arange(24) * 7919 + 13) % self.model.config.vocab_size
-        token_ids = token_ids[: self.model.max_length]
-        cut = len(token_ids) // 2
-        logits = []
-        for reused in (0, cut):
-            context = Context(self.model, [len(token_ids)])
-            if reused:
-                [[(_, states)]] = encode_blocks(self.model, [token_ids[:reused].tolist()])
-                context.place(0, [Placement(states, 0)], len(token_ids))
-            computed = Computed(torch.arange(reused, len(token_ids)), token_ids[reused:])
-            logits.append(prefill(self.model, context, [computed])[0, -1].float())
-        difference = float((logits[1] - logits[0]).norm() / logits[0].norm())
-        allowed = _TOLERANCE.get(self.model.dtype, 0.05)
-        if not difference <= allowed:
-            raise UnsupportedModelError(
-                f"{type(self.model.network).__name__} gives other logits over reused states than on its own "
-                f"(relative difference {difference:.2g}, {allowed:.2g} is allowed); it cannot be served exactly"
-            )
 
 
-def _stop_strings(options: Mapping[str, Any]) -> list[str]:
-    stops = options.get("stop_strings") or []
-    return [stops] if isinstance(stops, str) else list(stops)
+def _check_request(max_new_tokens: int, options: Mapping[str, Any]) -> None:
+    if max_new_tokens < 1:
+        raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
+    check_options(options)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rag_blockcache.kv_states import KVStates
-from rag_blockcache.model import Model, backbone
+from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles, rotate_keys, unrotate_keys
 
 _CPU_BATCH_TOKENS = 2048  # past this a CPU gains nothing, and its caches overflow (docs/decisions/0006)
@@ -59,7 +59,7 @@ def batch_size_tokens(model: Model) -> int:
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Group indices so that longest × number of rows stays within ``batch_tokens``, longest first."""
+    """Group indices so that longest times number of rows stays within ``batch_tokens``, longest first."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
@@ -86,7 +86,7 @@ def _encode_batch(
     total_length = int(positions.max()) + 1
     states = _Recorder(model, len(blocks), positions.to(model.device), total_length, conditioned_on)
     with model.lock:
-        backbone(model.network)(
+        model.backbone(
             input_ids=token_ids.to(model.device),
             position_ids=positions.expand(len(blocks), -1).to(model.device),
             past_key_values=states,
@@ -98,8 +98,8 @@ def _encode_batch(
         )
 
 
-class _Recorder(Cache):  # type: ignore[misc]
-    """A transformers cache that keeps what a pass computes, position-free, and shows what stands before it."""
+class _Recorder(Cache):
+    """A transformers cache that keeps what a pass computes, position-free, and shows what was before."""
 
     def __init__(
         self, model: Model, num_rows: int, positions: Tensor, total_length: int, before: KVStates | None

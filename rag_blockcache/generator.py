@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Computed:
     """The slots of one prompt that a pass computes.
 
     Attributes:
-        positions: Ascending positions in the prompt; the last is the prompt's last token. ``(num_computed,)``.
+        positions: Ascending positions in the prompt, up to its last token; ``(num_computed,)``.
         token_ids: Tokens at those positions, same shape.
     """
 
@@ -104,8 +104,8 @@ class Decoded:
     finish_reason: str
 
 
-class Monitor(StoppingCriteria):  # type: ignore[misc]
-    """Sees every step of ``generate()``: keeps the clock, reports the tokens of the first row, and can end it.
+class Monitor(StoppingCriteria):
+    """Sees every step of ``generate()``: keeps the clock, reports tokens of the first row, can end it.
 
     Attributes:
         cancelled: Set it, from any thread, and decoding stops after the current token.
@@ -142,7 +142,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         InvalidInputError: If an option is unknown or cannot be chosen here.
     """
-    known = set(GenerationConfig().to_dict()) | set(inspect.signature(GenerationMixin.generate).parameters)
+    known = set(GenerationConfig().to_dict())  # type: ignore[no-untyped-call]
+    known |= set(inspect.signature(GenerationMixin.generate).parameters)
     for name in options:
         if name in _OURS or name in ("self", "inputs", "kwargs", "custom_generate", "negative_prompt_ids"):
             raise InvalidInputError(f"generation option {name!r} cannot be set here; the engine chooses it")
@@ -209,7 +210,7 @@ def _trim(token_ids: list[int], ends: set[int], max_new_tokens: int, monitor: Mo
     return Decoded(token_ids, "length" if len(token_ids) >= max_new_tokens else "stop")
 
 
-class _Decoder(GenerationMixin):  # type: ignore[misc]
+class _Decoder(GenerationMixin):
     """Lets ``generate()`` start from a context that is filled already, the first logits included.
 
     It is what transformers asks of a model that generates, and nothing more; each step is the user's model.
@@ -229,7 +230,7 @@ class _Decoder(GenerationMixin):  # type: ignore[misc]
         """Answer whatever else ``generate()`` asks of a model as the user's model does."""
         return getattr(self.__dict__["_model"].network, name)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # what is not named here is an error
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
@@ -242,7 +243,7 @@ class _Decoder(GenerationMixin):  # type: ignore[misc]
         return {"input_ids": input_ids}
 
     def forward(self, input_ids: Tensor, return_dict: bool = True) -> CausalLMOutputWithPast:
-        """Return logits of the tokens that are not in the context yet, in front of them those known at the start."""
+        """Return logits of the tokens that are not in the context yet, after those known at the start."""
         context = self._context
         if len(input_ids) > len(context.starts):
             context.batch_repeat_interleave(len(input_ids) // len(context.starts))
@@ -271,42 +272,3 @@ class _Decoder(GenerationMixin):  # type: ignore[misc]
             visible = context.visible(end, token_ids.device)
             mask = self._model.mask(slots.expand(len(token_ids), -1), visible)
             return _forward(self._model, context, token_ids, positions, mask, token_ids.shape[1])
-
-
-def text_pieces(model: Model, tokens: Iterator[int], stop_strings: Sequence[str] = ()) -> Iterator[str]:
-    """Turn a stream of tokens into a stream of text.
-
-    A piece is held back while it ends within a character of several tokens, or may begin a stop string; text
-    from a stop string on is dropped.
-    """
-    token_ids: list[int] = []
-    sent = ""
-    for token in tokens:
-        token_ids.append(token)
-        text = cut_at_stop(model.tokenizer.decode(token_ids, skip_special_tokens=True), stop_strings)
-        safe = len(text) - _held_back(text, stop_strings)
-        if safe > len(sent) and not text.endswith("\ufffd"):
-            yield text[len(sent) : safe]
-            sent = text[:safe]
-    text = cut_at_stop(model.tokenizer.decode(token_ids, skip_special_tokens=True), stop_strings)
-    if len(text) > len(sent):
-        yield text[len(sent) :]
-
-
-def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
-    """Return the text before the first stop string in it."""
-    ends = [text.find(stop) for stop in stop_strings if stop in text]
-    return text[: min(ends)] if ends else text
-
-
-def _held_back(text: str, stop_strings: Sequence[str]) -> int:
-    """Return how many characters at the end may be the beginning of a stop string."""
-    longest = max((len(stop) for stop in stop_strings), default=0)
-    return next(
-        (
-            n
-            for n in range(min(longest, len(text)), 0, -1)
-            if any(stop.startswith(text[-n:]) for stop in stop_strings)
-        ),
-        0,
-    )

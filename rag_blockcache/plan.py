@@ -82,10 +82,28 @@ class Plan:
         return Computed(positions, torch.tensor(self.token_ids)[positions])
 
     @property
+    def num_placed(self) -> int:
+        """Number of slots that are placed."""
+        return int((~self.is_computed()).sum())
+
+    @property
     def num_reused(self) -> int:
-        """Number of slots that come from the store and are used as they are."""
+        """Number of slots whose states were found in the store and are used as they are."""
         reused = ~self.is_computed()
         for index, span in self.spans():
             if index in self.blocks and self.blocks[index].block_id not in self.found:
                 reused[span.start : span.stop] = False
         return int(reused.sum())
+
+    @property
+    def num_passages(self) -> int:
+        """Number of passages whose blocks were looked up."""
+        return len(self._passages())
+
+    @property
+    def num_hits(self) -> int:
+        """Number of passages whose block was found in the store."""
+        return sum(self.blocks[index].block_id in self.found for index in self._passages())
+
+    def _passages(self) -> list[int]:
+        return [index for index in self.blocks if self.segments[index].kind == "passage"]

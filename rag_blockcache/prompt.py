@@ -1,8 +1,8 @@
 """Chat template to segments: preamble, passages, final block, each tokenized on its own.
 
-The template is rendered once around placeholders, then cut at them. What a user wrote (a question, a passage, a
-message) is encoded as plain text, so a control token spelled inside it stays text. Passages are encoded alone,
-which makes their tokens the same offline and online.
+The template is rendered once around placeholders, then cut at them. What a user wrote (a question, a passage,
+a message) is encoded as plain text, so a control token spelled inside it stays text. Passages are encoded
+alone, which makes their tokens the same offline and online.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ PAPER = PassageFormat(
     passage="- Title: {title}\n{text}\n",
     untitled="- {text}\n",
     question=(
-        "\n\nPlease write a high-quality answer for the given question using only the provided search documents "
-        "(some of which might be irrelevant).\nQuestion: {question}\n"
+        "\n\nPlease write a high-quality answer for the given question using only the provided search "
+        "documents (some of which might be irrelevant).\nQuestion: {question}\n"
     ),
 )
 PLAIN = PassageFormat(
@@ -269,7 +269,7 @@ class Prompt:
         return list(self._tokenizer._encode_without_added_tokens(text))
 
     def _passage_in_template(self) -> tuple[str, bool]:
-        """Return what a template writes for one document, around its title and text, and whether it escapes JSON."""
+        """Return what a template writes for one document, and whether it escapes it as JSON."""
         if self._tokenizer.chat_template is None:
             raise InvalidInputError(
                 "passage format 'template' needs a chat template, and this tokenizer has none"
@@ -290,7 +290,8 @@ def _content(message: Message) -> str:
     content = message.get("content")
     if not isinstance(content, str):
         raise InvalidInputError(
-            f"a chat message needs its content as a string, got {type(content).__name__}; flatten content parts first"
+            f"a chat message needs its content as a string, got {type(content).__name__}; "
+            "join its text parts first"
         )
     return content
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from rag_blockcache.errors import InvalidInputError
 
-DEFAULT_REPAIR = "link-16"
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -50,16 +48,23 @@ class Policy:
         return [position for span in passages for position in span[: self.link]]
 
 
-def parse_policy(name: str) -> Policy:
-    """Read a policy by name: ``full``, ``block`` or ``link-<k>``.
+FULL = Policy("full", None)
+BLOCK = Policy("block", 0)
+REPAIR = Policy("link-16", 16)  # of models that were not block-fine-tuned (docs/decisions/0007)
+
+
+def parse_policy(name: str) -> Policy | None:
+    """Read a policy by name: ``full``, ``block``, ``link-<k>``, or ``auto``.
+
+    Returns:
+        The policy; None for ``auto``, see ``choose_policy``.
 
     Raises:
         InvalidInputError: If there is no such policy.
     """
-    if name == "full":
-        return Policy(name, None)
-    if name == "block":
-        return Policy(name, 0)
+    named = {"full": FULL, "block": BLOCK, "auto": None}
+    if name in named:
+        return named[name]
     linked = re.fullmatch(r"link-(\d+)", name) if isinstance(name, str) else None
     if linked is None:
         raise InvalidInputError(
@@ -75,7 +80,5 @@ def choose_policy(is_block_fine_tuned: bool) -> tuple[Policy, str]:
         The policy, and the reason for it in a few words.
     """
     if is_block_fine_tuned:
-        return parse_policy("block"), "the model was block-fine-tuned"
-    return parse_policy(
-        DEFAULT_REPAIR
-    ), "the model was not block-fine-tuned, so the start of each block is repaired"
+        return BLOCK, "the model was block-fine-tuned"
+    return REPAIR, "the model was not block-fine-tuned, so the start of each block is computed again"

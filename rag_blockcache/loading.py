@@ -1,0 +1,102 @@
+"""Models by name: from a hub, from a folder, or already in the user's hands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rag_blockcache.errors import InvalidInputError, ModelNotFoundError
+from rag_blockcache.model import Model
+
+
+def load_model(
+    model: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    adapter: str | Path | None = None,
+) -> Model:
+    """Load a model by hub id or local path, or take one that is loaded already as it is.
+
+    Args:
+        model: Hub id, local folder, or a causal language model of transformers.
+        tokenizer: Needed with a loaded model; otherwise the model's own by default.
+        device: Where to put a model that is loaded here; ``"auto"`` spreads it over all devices. None
+            takes a GPU if there is one.
+        dtype: Of a model that is loaded here, such as ``"bfloat16"``; None keeps that of its files.
+        adapter: A PEFT adapter (hub id or folder) to load into a model that is loaded here.
+
+    Raises:
+        ModelNotFoundError: If model, tokenizer or adapter cannot be found or read.
+        InvalidInputError: If options do not go together.
+        UnsupportedModelError: If the model cannot be served exactly.
+    """
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise InvalidInputError("a loaded model needs its tokenizer; pass tokenizer= beside model=")
+        if device is not None or dtype is not None or adapter is not None:
+            raise InvalidInputError(
+                "device, dtype and adapter apply to a model that is loaded by name; "
+                "set them on the loaded model before you pass it"
+            )
+        network = model
+    elif isinstance(model, str | Path):
+        network = _load_network(str(model), device, dtype, adapter)
+        tokenizer = str(model) if tokenizer is None else tokenizer
+    else:
+        raise InvalidInputError(
+            f"model is {type(model).__name__}; pass a hub id, a folder, or a transformers PreTrainedModel"
+        )
+    if isinstance(tokenizer, str | Path):
+        tokenizer = _load_tokenizer(str(tokenizer))
+    return Model(network, tokenizer)
+
+
+def _load_network(
+    name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, adapter: str | Path | None
+) -> PreTrainedModel:
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    if device == "auto":
+        options["device_map"] = "auto"
+    try:
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+        if adapter is not None:
+            network.load_adapter(str(adapter))
+    except (OSError, ValueError, KeyError) as error:
+        what = name if adapter is None else f"{name} with adapter {adapter}"
+        raise ModelNotFoundError(
+            f"cannot load model {what}: {_first_line(error)}; "
+            "give a hub id, or a folder with config.json and weights"
+        ) from error
+    if device == "auto":
+        return network
+    try:
+        network.to(device)  # type: ignore[arg-type]  # transformers narrows torch's signature
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(
+            f"device {str(device)!r} cannot be used: {_first_line(error)}; try device='cpu'"
+        ) from error
+    return network
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFoundError(
+            f"cannot load a tokenizer from {name}: {_first_line(error)}; "
+            "pass tokenizer= with a folder that has one"
+        ) from error
+    return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

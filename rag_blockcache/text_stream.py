@@ -1,0 +1,53 @@
+"""Tokens to text, piece by piece, with stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rag_blockcache.model import Model
+
+
+def text_pieces(model: Model, tokens: Iterator[int], stop_strings: Sequence[str] = ()) -> Iterator[str]:
+    """Turn a stream of tokens into a stream of text.
+
+    A piece is held back while it ends within a character of several tokens, or may begin a stop string; text
+    from a stop string on is dropped.
+    """
+    token_ids: list[int] = []
+    sent = ""
+    for token in tokens:
+        token_ids.append(token)
+        text = cut_at_stop(model.text(token_ids), stop_strings)
+        safe = len(text) - _held_back(text, stop_strings)
+        if safe > len(sent) and not text.endswith("\ufffd"):
+            yield text[len(sent) : safe]
+            sent = text[:safe]
+    text = cut_at_stop(model.text(token_ids), stop_strings)
+    if len(text) > len(sent):
+        yield text[len(sent) :]
+
+
+def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
+    """Return the text before the first stop string in it."""
+    ends = [text.find(stop) for stop in stop_strings if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def _held_back(text: str, stop_strings: Sequence[str]) -> int:
+    """Return how many characters at the end may be the beginning of a stop string."""
+    longest = max((len(stop) for stop in stop_strings), default=0)
+    return next(
+        (
+            n
+            for n in range(min(longest, len(text)), 0, -1)
+            if any(stop.startswith(text[-n:]) for stop in stop_strings)
+        ),
+        0,
+    )
+
+
+def stop_strings(options: Mapping[str, Any]) -> list[str]:
+    """Return the stop strings among generation options, however they were written."""
+    stops = options.get("stop_strings") or []
+    return [stops] if isinstance(stops, str) else list(stops)
