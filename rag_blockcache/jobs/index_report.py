@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class JobTally:
     def __init__(self, listener: ProgressCallback | None) -> None:
         self.counts: Counter[str] = Counter()
         self.failures: dict[Failure, None] = {}  # in order, each once
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._listener = listener
 
     @contextmanager
@@ -78,7 +78,7 @@ class JobTally:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - started  # type: ignore[assignment]
+            self.seconds[stage] += time.perf_counter() - started
 
     def tell(
         self,

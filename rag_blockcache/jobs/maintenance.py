@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["GarbageReport", "IndexStatus", "VerifyReport", "collect_garbage", "status", "verify"]
 
 _GROUP = 500
+_BLOCK_SUFFIX = ".safetensors"  # databases beside them grow and shrink by themselves
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class GarbageReport:
         num_unknown_blocks: Blocks that no job of this index encoded: of questions over other
             passages, or of another model. They stay unless their deletion was asked for.
         num_lost_blocks: Entries whose file had gone; they are encoded again by the next job.
-        num_bytes: Space freed.
+        num_bytes: Space that block files gave back.
         seconds: Time it took.
         is_dry_run: Whether nothing was changed.
     """
@@ -81,7 +82,7 @@ def collect_garbage(
     check_model(cache, manifest)
     started, directory = time.perf_counter(), manifest.path.parent
     with index_lock(directory, exclusive=True):
-        before = _size_bytes(directory)
+        before = _size_bytes(directory / "blocks", _BLOCK_SUFFIX)
         num_passages, num_blocks = (_count_released if dry_run else _drop_released)(
             cache, retriever, manifest
         )
@@ -92,7 +93,7 @@ def collect_garbage(
             retriever.save()
             _delete(cache, unknown if unknown_blocks else ())
             num_lost = _drop_lost(cache, manifest)
-        num_bytes = before - _size_bytes(directory)
+        num_bytes = before - _size_bytes(directory / "blocks", _BLOCK_SUFFIX)
     return GarbageReport(
         num_passages=num_passages + len(strays),
         num_blocks=num_blocks,
@@ -149,11 +150,13 @@ def _groups(ids: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _size_bytes(directory: Path) -> int:
-    """Return the size of all files below a directory, of which some may vanish meanwhile."""
+def _size_bytes(directory: Path, suffix: str = "") -> int:
+    """Return the size of the files below a directory, of which some may vanish meanwhile."""
     total = 0
     for folder, _, names in os.walk(directory):
         for name in names:
+            if not name.endswith(suffix):
+                continue
             with suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(folder, name)).st_size
     return total

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from rag_blockcache.index_records import PendingBlock
 from rag_blockcache.jobs.index_report import JobTally
 from rag_blockcache.manifest import Manifest, Shard
-from rag_blockcache.passages import Passage
 
 if TYPE_CHECKING:
     from rag_blockcache.answers import PrefillProgress
@@ -19,17 +17,6 @@ if TYPE_CHECKING:
 Prefill = Literal["all", "none"] | int
 
 _GROUP = 1024  # passages between two records of what is done
-
-
-def choose_blocks(
-    manifest: Manifest, prefill: Prefill, *, shard: Shard | None, usage: Mapping[str, int] | None
-) -> tuple[int, int]:
-    """Choose what to prefill, and return how many blocks and tokens of that are pending."""
-    if prefill == "none":
-        return 0, 0
-    if isinstance(prefill, int):
-        manifest.choose_hottest(prefill, usage=usage)
-    return manifest.num_pending(only_chosen=isinstance(prefill, int), shard=shard)
 
 
 class Prefilling:

@@ -1,0 +1,84 @@
+"""Which documents there are, and which of them the manifest does not know as they are now."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.jobs.documents import Document, read_documents
+from rag_blockcache.jobs.index_report import JobTally
+from rag_blockcache.manifest import Manifest, Shard, is_in_shard
+
+
+class Scan:
+    """One pass over the documents below some paths.
+
+    Args:
+        paths: Files and folders.
+        manifest: What is known of them.
+        shard: The part of the documents that counts.
+        tally: Counts.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path | str], *, manifest: Manifest, shard: Shard | None, tally: JobTally
+    ) -> None:
+        self._paths, self._manifest, self._shard, self._tally = paths, manifest, shard, tally
+        self._failed: list[str] = []
+        self._num_seen = 0
+
+    def outdated(self) -> Iterator[Document]:
+        """Yield the documents of the shard that are new or changed.
+
+        Raises:
+            InvalidInputError: If there is no document at all; so that a folder that is not mounted
+                does not empty an index.
+        """
+        self._manifest.start_scan()
+        documents = read_documents(self._paths, on_failure=self._fail)
+        while (document := self._next(documents)) is not None:
+            if not is_in_shard(document.document_id, self._shard):
+                continue
+            change = self._manifest.classify(document.document_id, document.content_hash)
+            self._tally.counts[f"num_{change}_documents"] += 1
+            if change != "unchanged":
+                yield document
+        if not self._num_seen:
+            raise InvalidInputError(
+                f"there is no document below {', '.join(map(str, self._paths))}; name files or folders that "
+                "hold .txt, .md, .html, .pdf or .jsonl; nothing was changed"
+            )
+
+    def _next(self, documents: Iterator[Document]) -> Document | None:
+        with self._tally.timed("scan"):
+            document = next(documents, None)
+        self._num_seen += document is not None
+        self._tally.tell("scan", self._num_seen)
+        return document
+
+    def _fail(self, source: str, reason: str) -> None:
+        self._num_seen += 1
+        self._failed.append(source)
+        self._tally.counts["num_failed_documents"] += 1
+        self._tally.fail(source, reason)
+
+    def gone(self) -> list[str]:
+        """Return the documents of the shard on record that were below the paths and are not any more.
+
+        What could not be read is not gone.
+        """
+        roots = [os.path.abspath(path) for path in self._paths]
+        return [
+            document_id
+            for document_id in self._manifest.gone(shard=self._shard)
+            if _is_below(document_id, roots) and not _is_below(document_id, self._failed)
+        ]
+
+
+def _is_below(document_id: str, roots: Sequence[str]) -> bool:
+    """Say whether a document is one of these files, in one of these folders, or part of one of the files."""
+    return any(
+        document_id == root or document_id.startswith((root.rstrip("/") + "/", root + "#")) for root in roots
+    )
