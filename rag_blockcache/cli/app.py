@@ -11,6 +11,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from rag_blockcache.cli.archive import export_index, import_index
+from rag_blockcache.cli.ask import ask
+from rag_blockcache.cli.estimate import estimate
+from rag_blockcache.cli.index_and_prefill import index_and_prefill
+from rag_blockcache.cli.maintenance import gc, status, verify
 from rag_blockcache.cli.output import log_to_stderr, print_error, print_note
 from rag_blockcache.errors import RagBlockCacheError
 
@@ -100,7 +105,25 @@ def _help(command: Callable[..., None], examples: str, title: str = "Example:") 
     return "\n\n".join([*paragraphs, f"\b\n{title}\n{lines}"])
 
 
+def _add(name: str, command: Callable[..., None], examples: str) -> None:
+    app.command(name, help=_help(command, examples))(command)
+
+
 app.callback(help=_help(rag_blockcache, _START, "Start here:"))(rag_blockcache)
+
+
+_add(
+    "index-and-prefill",
+    index_and_prefill,
+    "rag-blockcache index-and-prefill docs/ --out ./kv --model MODEL --embedder EMBEDDER --disk-budget 20GB",
+)
+_add("ask", ask, 'rag-blockcache ask ./kv "What does the manual say about refunds?" --passages 8')
+_add("status", status, "rag-blockcache status ./kv --json")
+_add("verify", verify, "rag-blockcache verify ./kv --repair")
+_add("gc", gc, "rag-blockcache gc ./kv --dry-run")
+_add("estimate", estimate, "rag-blockcache estimate docs/ --model MODEL --out ./kv")
+_add("export", export_index, "rag-blockcache export ./kv kv.tar")
+_add("import", import_index, "rag-blockcache import kv.tar ./kv --model MODEL")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import json
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,13 @@ def log_to_stderr(*, verbose: bool) -> None:
     logger = logging.getLogger("rag_blockcache")
     logger.handlers = [each for each in logger.handlers if not isinstance(each, RichHandler)] + [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def printable(text: str) -> str:
+    """Make text of a model or a document safe to show: a terminal obeys control characters."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(each) in ("Cc", "Cs") and each not in "\n\t"
+        else each
+        for each in text
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import typer
 
@@ -34,15 +35,17 @@ def parse_size(text: str) -> int:
     return num_bytes
 
 
-def parse_prefill(text: str) -> str | int:
+def parse_prefill(text: str) -> Literal["all", "none"] | int:
     """Read how many passages to prefill: ``all``, ``none`` or a number.
 
     Raises:
         typer.BadParameter: If it is none of these.
     """
     word = text.strip().lower()
-    if word in ("all", "none"):
-        return word
+    if word == "all":
+        return "all"
+    if word == "none":
+        return "none"
     if word.isdecimal() and int(word) > 0:
         return int(word)
     raise typer.BadParameter(f"{text!r} is not understood; write all, none, or a number of passages from 1")

@@ -4,105 +4,82 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from rag_blockcache.cli.units import format_bytes, format_seconds
+from rag_blockcache.jobs.progress import JobProgress
 
 _LINE_EVERY_SECONDS = 15.0
 
 
-class Work(Protocol):
-    """How far a prefill has come: what ``BlockCache.prefill`` passes to its callback."""
-
-    @property
-    def num_done(self) -> int:
-        """Passages done."""
-
-    @property
-    def num_total(self) -> int:
-        """Passages in all."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens encoded."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes written."""
-
-    @property
-    def seconds(self) -> float:
-        """Time spent."""
-
-
-def describe(work: Work) -> str:
-    """Say how far it has come: passages, tokens per second, bytes, time left."""
-    parts = [f"{work.num_done:,}/{work.num_total:,} passages"]
-    if work.seconds > 0:
-        parts.append(f"{work.num_tokens / work.seconds:,.0f} tokens/s")
-    parts.append(format_bytes(work.num_bytes))
-    if work.num_done and work.num_done < work.num_total:
-        left = work.seconds * (work.num_total - work.num_done) / work.num_done
-        parts.append(f"{format_seconds(left)} left")
+def describe(progress: JobProgress) -> str:
+    """Say how far a stage has come: units done, tokens per second, bytes, time left."""
+    done, total = progress.num_done, progress.num_total
+    parts = [f"{done:,}" if total is None else f"{done:,}/{total:,}"]
+    if progress.num_tokens and progress.seconds > 0:
+        parts.append(f"{progress.num_tokens / progress.seconds:,.0f} tokens/s")
+    if progress.num_bytes:
+        parts.append(format_bytes(progress.num_bytes))
+    if total is not None and 0 < done < total:
+        parts.append(f"{format_seconds(progress.seconds * (total - done) / done)} left")
     return ", ".join(parts)
 
 
 class ProgressBar:
-    """Shows the stages of a job on stderr: a bar on a terminal, else a line every 15 seconds.
+    """Shows the stages of a job: a bar each on a terminal, else a line every 15 seconds.
 
-    Use it as a context manager, and ``stage`` and ``advance`` as callbacks.
+    A context manager, and the callback that a job reports to.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._is_drawn = console.is_terminal
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
+        self._bars = Progress(
+            SpinnerColumn(finished_text="*"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=console,
-            disable=not self._is_drawn,
-            transient=True,
+            disable=not console.is_terminal,
         )
+        self._tasks: dict[str, TaskID] = {}
         self._stage = ""
-        self._task: TaskID | None = None
         self._last_line = 0.0
 
     def __enter__(self) -> ProgressBar:
         """Start drawing."""
-        self._bar.start()
+        self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop drawing, and leave the terminal as it was."""
-        self._bar.stop()
+        self._bars.stop()
 
-    def advance(self, stage: str, num_done: int, num_total: int | None, detail: str = "") -> None:
-        """Show how far a stage has come; a new name starts a new line.
+    def __call__(self, progress: JobProgress) -> None:
+        """Show how far a stage has come."""
+        detail = describe(progress)
+        if self._console.is_terminal:
+            if progress.stage not in self._tasks:
+                self._tasks[progress.stage] = self._bars.add_task(progress.stage, total=None, detail="")
+            self._bars.update(
+                self._tasks[progress.stage],
+                completed=progress.num_done,
+                total=progress.num_total,
+                detail=detail,
+            )
+        elif self._is_line_due(progress):
+            self._console.print(f"{progress.stage}: {detail}", markup=False, soft_wrap=True)
 
-        Args:
-            stage: What is being done: ``"embed"``.
-            num_done: How many units are done.
-            num_total: Of how many; None if that is not known.
-            detail: What else to say behind the bar.
-        """
-        if self._task is None or stage != self._stage:
-            self._stage, self._last_line = stage, 0.0
-            self._task = self._bar.add_task(stage, total=num_total, detail=detail)
-        self._bar.update(self._task, completed=num_done, total=num_total, detail=detail)
-        if not self._is_drawn and self._is_line_due(num_done == num_total):
-            self._console.print(f"{stage}: {detail or num_done}", markup=False, soft_wrap=True)
-
-    def _is_line_due(self, is_last: bool) -> bool:
+    def _is_line_due(self, progress: JobProgress) -> bool:
+        is_new, self._stage = progress.stage != self._stage, progress.stage
         now = time.monotonic()
-        if not is_last and self._last_line and now - self._last_line < _LINE_EVERY_SECONDS:
-            return False
-        self._last_line = now
-        return True
+        is_due = (
+            is_new or progress.num_done == progress.num_total or now - self._last_line >= _LINE_EVERY_SECONDS
+        )
+        if is_due:
+            self._last_line = now
+        return is_due

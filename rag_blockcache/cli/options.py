@@ -1,0 +1,59 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from rag_blockcache.cli.parsing import parse_size
+
+IndexDirectory: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Directory of the index, as given to index-and-prefill --out.")
+]
+Documents: TypeAlias = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PATH...", help="Files and folders: .txt, .md, .html, .pdf, and .jsonl of ready passages."
+    ),
+]
+AsJson: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts; sizes in bytes.")
+]
+Model: TypeAlias = Annotated[
+    str | None, typer.Option(help="Hub id or folder of the model, if it has moved since it was indexed with.")
+]
+Embedder: TypeAlias = Annotated[
+    str | None, typer.Option(help="Hub id or folder of the embedder, if it has moved likewise.")
+]
+Adapter: TypeAlias = Annotated[
+    str | None, typer.Option(help="Hub id or folder of a PEFT adapter to load into the model.")
+]
+Device: TypeAlias = Annotated[
+    str | None, typer.Option(help="Where models run: cpu, cuda, cuda:1. A GPU if there is one, if left out.")
+]
+Dtype: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="What the model computes in: bfloat16, float16, float32. That of its files if left out."
+    ),
+]
+PassageFormat: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="How passages are shown to the model: paper, plain or template. paper if left out."),
+]
+MaxPassageTokens: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Longest passage to cut documents into, in tokens of the model.")
+]
+Overlap: TypeAlias = Annotated[
+    int | None, typer.Option(min=0, help="How many tokens a passage repeats of the one before it.")
+]
+DiskBudget: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_size,
+        metavar="SIZE",
+        help="Most that blocks may take on disk (20GB, 500MiB); what is worth least is evicted.",
+    ),
+]
