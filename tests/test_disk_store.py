@@ -20,8 +20,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -35,6 +37,7 @@ from rag_blockcache.store import DiskStore
 from rag_blockcache.store import disk as disk_module
 from rag_blockcache.store.block_directory import locked
 from rag_blockcache.store.block_file import HEADER_BYTES, stored_bytes
+from rag_blockcache.store.raw_disk import ForeignEntryError
 
 FILE_BYTES = stored_bytes(make_block("a"))
 
@@ -101,6 +104,27 @@ def test_any_string_may_name_a_block(store, block_id):
     assert list(store) == [block_id]
     del store[block_id]
     assert files_of(store.directory) == []
+
+
+def test_a_popped_block_is_gone_and_its_tensors_stay(store):
+    store["a"] = make_block("a")
+    assert is_same(store.pop("a"), make_block("a"))
+    assert store.pop("a", None) is None
+    with pytest.raises(KeyError):
+        store.pop("a")
+
+
+def test_popping_is_not_disturbed_by_somebody_who_deletes_the_same_block(store, monkeypatch):
+    store["a"] = make_block("a")
+    original = disk_module.read_block
+
+    def delete_and_read(*args, **options):
+        states = original(*args, **options)
+        del store["a"]
+        return states
+
+    monkeypatch.setattr(disk_module, "read_block", delete_and_read)
+    assert is_same(store.pop("a", None), make_block("a"))
 
 
 def test_only_a_string_may_name_a_block(store):
@@ -194,10 +218,26 @@ def test_the_file_is_safetensors_as_documented(store):
         assert torch.equal(file.get_tensor("values"), states.values)
     assert metadata.keys() == {"block_id", "format_version", "checksum", "codec"}
     assert (metadata["block_id"], metadata["format_version"], metadata["codec"]) == ("a", "1", "none")
-    content = path.read_bytes()
-    assert struct.unpack("<Q", content[:8]) == (HEADER_BYTES - 8,)
-    raw = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in (states.keys, states.values))
-    assert content[HEADER_BYTES:] == raw
+
+
+def test_whoever_knows_only_the_documented_format_can_read_a_block(store):
+    states = make_block("a")
+    store["a"] = states
+    store.close()
+    connection = sqlite3.connect(store.directory / "cache.db")
+    query = "SELECT filename, size FROM Cache WHERE key = ? AND raw = 1 AND mode = 2"
+    ((filename, size),) = connection.execute(query, ("a",)).fetchall()
+    connection.close()
+    content = (store.directory / filename).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + length]), content[4096:]
+    assert (length, len(content)) == (4088, size)
+    assert header["__metadata__"]["checksum"] == xxhash.xxh3_128_hexdigest(data)
+    for name, tensor in (("keys", states.keys), ("values", states.values)):
+        start, end = header[name]["data_offsets"]
+        found = np.frombuffer(data[start:end], "<f4").reshape(header[name]["shape"])
+        assert header[name]["dtype"] == "F32"
+        assert np.array_equal(found, tensor.numpy())
 
 
 # Damage
@@ -365,6 +405,36 @@ def test_opening_leaves_files_alone_that_another_process_is_about_to_enter(store
     assert not unfinished.exists()
 
 
+def test_opening_a_store_does_not_disturb_one_who_is_writing(store, monkeypatch):
+    original = disk_module.write_block
+
+    def write_and_open(*args):
+        original(*args)
+        DiskStore(store.directory).close()
+
+    monkeypatch.setattr(disk_module, "write_block", write_and_open)
+    store.put_many({name: make_block(name) for name in "ab"})
+    assert all(is_same(store[name], make_block(name)) for name in "ab")
+
+
+def test_of_two_who_write_one_block_the_first_wins(store, monkeypatch):
+    names = []
+    original = disk_module.write_block
+
+    def come_second(*args):
+        original(*args)
+        if not names:
+            names.append("")
+            with DiskStore(store.directory) as other:
+                other["a"] = make_block("a")
+                names[:] = [other._index.name_of("a")]
+
+    monkeypatch.setattr(disk_module, "write_block", come_second)
+    assert store.put("a", make_block("a"))
+    assert store._index.name_of("a") == names[0]
+    check_accounts(store)
+
+
 # Stored data is data
 
 
@@ -408,6 +478,8 @@ def test_a_planted_pickle_is_refused_and_not_executed(store, tmp_path, caplog):
     store["in a row"] = make_block("in a row")
     assert is_same(store["in a row"], make_block("in a row"))
     assert store.get_many(store).keys() == {"good", "in a row"}
+    with pytest.raises(ForeignEntryError, match="key is not a string"):
+        list(iter(store._index))
     store.repair()
     assert store.size_bytes == 2 * FILE_BYTES
     assert not trace.exists()
@@ -665,6 +737,17 @@ def test_an_index_that_cannot_grow_counts_as_a_full_disk(store):
     check_nothing_happened(store)
 
 
+def test_a_damaged_block_is_reported_as_such_even_if_it_cannot_be_dropped(store, monkeypatch, caplog):
+    store["a"] = make_block("a")
+    truncate(file_of(store, "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(store._index, "transact", full_disk)
+        with pytest.raises(CorruptBlockError, match="block a"):
+            store["a"]
+    assert "could not be dropped" in caplog.text
+    assert "a" in store
+
+
 def test_another_failure_of_the_disk_is_reported_and_leaves_nothing(store, monkeypatch):
     store["a"] = make_block("a")
 
@@ -765,7 +848,7 @@ from test_disk_store import share_directory
 limits = [int(sys.argv[3]), int(sys.argv[3]), int(sys.argv[3]), None]
 for seed, limit in enumerate(limits):
     if not os.fork():
-        share_directory(sys.argv[2], seed, limit, seconds=3.0)
+        share_directory(sys.argv[2], seed, limit, seconds=2.0)
         os._exit(0)
 sys.exit(any(os.wait()[1] for _ in limits))
 """

@@ -6,16 +6,17 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError
+from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.store.batches import NewBlock, new_blocks, next_batch
 from rag_blockcache.store.block_directory import locked, open_directory
 from rag_blockcache.store.block_file import read_block, request_file, stored_bytes, write_block
 from rag_blockcache.store.block_index import BlockIndex
+from rag_blockcache.store.block_store import BlockStore
 from rag_blockcache.store.disk_errors import translated_errors
 from rag_blockcache.store.raw_disk import ForeignEntryError, StoredFile
 from rag_blockcache.store.stats import StoreStats
@@ -23,7 +24,7 @@ from rag_blockcache.store.stats import StoreStats
 logger = logging.getLogger(__name__)
 
 
-class DiskStore(MutableMapping[str, KVStates]):
+class DiskStore(BlockStore):
     """KV states on disk, by block id: a mapping with a budget that threads and processes may share.
 
     Each block is one safetensors file, read as a memory map; an SQLite index says which. Nothing in the
@@ -31,8 +32,8 @@ class DiskStore(MutableMapping[str, KVStates]):
     always, its checksum the first time in this process. What is worth least is evicted first (see
     ``eviction.priority``), so a block that was there a moment ago may be a miss.
 
-    A block id names its content: storing under an id that is there already does nothing. Reading takes
-    no lock; uses are counted in memory and join the index with the next ``put``, ``flush`` or ``close``.
+    Reading takes no lock; uses are counted in memory and join the index with the next ``put``, ``flush``
+    or ``close``.
 
     Args:
         directory: Created if missing, readable by its owner only. Not on a network file system.
@@ -77,9 +78,6 @@ class DiskStore(MutableMapping[str, KVStates]):
             self._uses[block_id] += 1
         return states
 
-    def __setitem__(self, block_id: str, states: KVStates) -> None:
-        self.put(block_id, states)
-
     def __delitem__(self, block_id: str) -> None:
         if not self._index.remove(block_id):
             raise KeyError(block_id)
@@ -93,48 +91,16 @@ class DiskStore(MutableMapping[str, KVStates]):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __enter__(self) -> DiskStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def clear(self) -> None:
         """Delete all blocks. Tensors handed out stay valid."""
         self._index.remove_all()
 
-    def put(self, block_id: str, states: KVStates, *, cost_seconds: float = 0.0) -> bool:
-        """Store a block, evicting what is worth less until it fits.
-
-        Args:
-            block_id: Name of the block. If it is stored already, nothing is written.
-            states: Its keys and values, on any device; float32, float16 or bfloat16.
-            cost_seconds: Time it took to encode; 0 if unknown.
-
-        Returns:
-            Whether the block is stored now; not if it is larger than the budget leaves room for.
-
-        Raises:
-            OutOfSpaceError: If the disk is full. What was stored before stays usable.
-            InvalidInputError: If the states cannot be stored.
-        """
-        return bool(self.put_many([(block_id, states)], cost_seconds))
-
     def put_many(
         self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
     ) -> list[str]:
-        """Store several blocks in one transaction; as many as the budget needs, if they exceed it together.
+        """Store several blocks in one transaction, or in several if they exceed the budget together.
 
-        Args:
-            blocks: Block ids and states.
-            cost_seconds: Time that encoding all of them took; 0 if unknown.
-
-        Returns:
-            Ids of the blocks that were there already or have been stored, in order.
-
-        Raises:
-            OutOfSpaceError: If the disk is full. Nothing of the transaction is stored then.
-            InvalidInputError: If some states cannot be stored.
+        See ``BlockStore.put_many``.
         """
         new = new_blocks(blocks, cost_seconds)
         kept = {block.block_id for block in new if self._index.is_readable(block.block_id)}
@@ -241,8 +207,7 @@ class DiskStore(MutableMapping[str, KVStates]):
         try:
             return self._index.name_of(block_id)
         except ForeignEntryError as error:
-            self._index.remove(block_id)
-            logger.warning("block %s was dropped from %s: %s", block_id, self.directory, error)
+            self._drop(block_id, None, error)
             raise CorruptBlockError(
                 f"block {block_id} in {self.directory} was not written by this library ({error}); it has "
                 "been dropped unread, encode its passage again"
@@ -255,8 +220,7 @@ class DiskStore(MutableMapping[str, KVStates]):
         try:
             states = self._read(block_id, name, check=name not in self._checked)
         except CorruptBlockError as error:
-            self._index.remove(block_id, name=name)
-            logger.warning("dropped: %s", error)
+            self._drop(block_id, name, error)
             raise
         self._checked.add(name)
         return states
@@ -267,6 +231,14 @@ class DiskStore(MutableMapping[str, KVStates]):
                 return read_block(self._index.path(name), block_id, check=check)
             except FileNotFoundError:  # evicted since the index was asked
                 raise KeyError(block_id) from None
+
+    def _drop(self, block_id: str, name: str | None, error: Exception) -> None:
+        """Delete a damaged block; where that fails, on a full disk say, it stays unreadable."""
+        logger.warning("block %s is dropped from %s: %s", block_id, self.directory, error)
+        try:
+            self._index.remove(block_id, name=name)
+        except StoreError as failure:
+            logger.warning("block %s could not be dropped: %s", block_id, failure)
 
     def _room(self) -> int:
         """Return how many bytes blocks that are not pinned may take."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.store.batches import NewBlock, new_blocks
+from rag_blockcache.store.block_store import BlockStore
 from rag_blockcache.store.eviction import priority
 from rag_blockcache.store.stats import StoreStats
 
@@ -23,13 +24,13 @@ class _Entry:
     priority: float
 
 
-class MemoryStore(MutableMapping[str, KVStates]):
+class MemoryStore(BlockStore):
     """KV states in memory, by block id: a mapping with a budget that threads may share.
 
     Tensors are held as they come: those of a memory-mapped block stay mapped, and count at their size.
     Only a tensor that is a small window on a larger one is copied, since it would keep all of it alive.
     What is worth least is evicted first (see ``eviction.priority``), so a block that was there a moment
-    ago may be a miss. A block id names its content: putting one that is held already does nothing.
+    ago may be a miss.
 
     Args:
         size_limit_bytes: Budget for keys and values; None for no limit. A block larger than what the
@@ -72,9 +73,6 @@ class MemoryStore(MutableMapping[str, KVStates]):
             entry.priority = self._priority(entry)
             return entry.states
 
-    def __setitem__(self, block_id: str, states: KVStates) -> None:
-        self.put(block_id, states)
-
     def __delitem__(self, block_id: str) -> None:
         with self._lock:
             self._size_bytes -= self._entries.pop(block_id).states.num_bytes
@@ -89,33 +87,10 @@ class MemoryStore(MutableMapping[str, KVStates]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __enter__(self) -> MemoryStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def put(self, block_id: str, states: KVStates, *, cost_seconds: float = 0.0) -> bool:
-        """Keep a block, evicting what is worth less until it fits.
-
-        Args:
-            block_id: Name of the block. If it is held already, nothing changes.
-            states: Its keys and values, on any device.
-            cost_seconds: Time it took to encode; 0 if unknown.
-
-        Returns:
-            Whether the block is held now; if not, nothing has been evicted for it.
-        """
-        return bool(self.put_many([(block_id, states)], cost_seconds))
-
     def put_many(
         self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
     ) -> list[str]:
-        """Keep several blocks; ``cost_seconds`` is the time all of them took, 0 if unknown.
-
-        Returns:
-            Ids of the blocks that are held now, in order.
-        """
+        """Keep several blocks; see ``BlockStore.put_many``."""
         return [block.block_id for block in new_blocks(blocks, cost_seconds) if self._keep(block)]
 
     def get_many(self, block_ids: Iterable[str]) -> dict[str, KVStates]:

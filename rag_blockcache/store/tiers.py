@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError
 from rag_blockcache.kv_states import KVStates
+from rag_blockcache.store.block_store import BlockStore
 from rag_blockcache.store.disk import DiskStore
 from rag_blockcache.store.memory import MemoryStore
 from rag_blockcache.store.stats import TieredStats
 
 
-class TieredStore(MutableMapping[str, KVStates]):
+class TieredStore(BlockStore):
     """KV states by block id, in memory where they were used lately, and on disk.
 
     A look-up asks memory, then disk, and keeps what the disk had in memory, as a memory map. Writing goes
@@ -58,9 +59,6 @@ class TieredStore(MutableMapping[str, KVStates]):
             self.memory.put(block_id, states)
         return states
 
-    def __setitem__(self, block_id: str, states: KVStates) -> None:
-        self.put(block_id, states)
-
     def __delitem__(self, block_id: str) -> None:
         num_found = 0
         for tier in self._tiers:
@@ -79,32 +77,18 @@ class TieredStore(MutableMapping[str, KVStates]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def __enter__(self) -> TieredStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def clear(self) -> None:
         """Delete all blocks from all tiers. Tensors handed out stay valid."""
         for tier in self._tiers:
             tier.clear()
 
-    def put(self, block_id: str, states: KVStates, *, cost_seconds: float = 0.0) -> bool:
-        """Store a block on disk, and keep it in memory; see ``DiskStore.put``.
-
-        Returns:
-            Whether the lowest tier holds it now.
-        """
-        return bool(self.put_many([(block_id, states)], cost_seconds))
-
     def put_many(
         self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
     ) -> list[str]:
-        """Store several blocks in one transaction; see ``DiskStore.put_many``.
+        """Store several blocks on disk, and keep them in memory; see ``BlockStore.put_many``.
 
         Returns:
-            Ids of the blocks that the lowest tier holds now.
+            Ids of the blocks that the lowest tier holds now, in order.
         """
         pairs = list(blocks.items() if isinstance(blocks, Mapping) else blocks)
         kept = self._tiers[-1].put_many(pairs, cost_seconds)
