@@ -21,6 +21,7 @@ from rag_blockcache.cli.parsing import parse_prefill, parse_shard, parse_size
 from rag_blockcache.cli.progress import ProgressBar, describe
 from rag_blockcache.cli.units import format_bytes, format_count, format_seconds, format_share
 from rag_blockcache.errors import ModelNotFoundError
+from rag_blockcache.jobs.progress import JobProgress
 
 
 @pytest.fixture(autouse=True)
@@ -140,35 +141,31 @@ def test_json_holds_dataclasses_paths_and_no_nan(capsys):
     assert to_json({1: {"x"}}) == {"1": ["x"]}
 
 
-@dataclass(frozen=True)
-class Work:
-    num_done: int
-    num_total: int
-    num_tokens: int
-    num_bytes: int
-    seconds: float
-
-
 def test_progress_says_how_much_how_fast_how_large_and_how_long():
-    line = describe(Work(num_done=100, num_total=400, num_tokens=50_000, num_bytes=1_400_000_000, seconds=50))
-    assert line == "100/400 passages, 1,000 tokens/s, 1.4 GB, 2 min 30 s left"
-    assert describe(Work(0, 0, 0, 0, 0.0)) == "0/0 passages, 0 B"
+    progress = JobProgress("prefill", 100, 400, num_tokens=50_000, num_bytes=1_400_000_000, seconds=50)
+    assert describe(progress) == "100/400, 1,000 tokens/s, 1.4 GB, 2 min 30 s left"
+    assert describe(JobProgress("scan", 7)) == "7"
+    assert describe(JobProgress("embed", 0, 0)) == "0/0"
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then():
     written = io.StringIO()
     with ProgressBar(Console(file=written)) as bar:
         for num_done in range(101):
-            bar.advance("prefill", num_done, 100, f"{num_done} passages")
-    assert written.getvalue().splitlines() == ["prefill: 0 passages", "prefill: 100 passages"]
+            bar(JobProgress("embed", num_done, 100))
+            bar(JobProgress("scan", num_done))
+        bar(JobProgress("prefill", 0, 100))
+    assert written.getvalue().splitlines() == ["embed: 0/100", "scan: 0", "embed: 100/100", "prefill: 0/100"]
 
 
-def test_on_a_terminal_progress_is_a_bar_that_goes_away():
+def test_on_a_terminal_progress_is_a_bar_for_each_stage():
     written = io.StringIO()
     with ProgressBar(Console(file=written, force_terminal=True, width=100)) as bar:
-        bar.advance("embed", 5, 10, "5 of ten")
-        bar.advance("prefill [x]", 1, None, "one")
-    assert "5 of ten" in written.getvalue()
+        bar(JobProgress("embed", 10, 10))
+        bar(JobProgress("[prefill]", 1, None))
+    lines = written.getvalue().splitlines()
+    assert any("embed" in line and "10/10" in line for line in lines)
+    assert any("[prefill]" in line for line in lines)
 
 
 # Errors and exit codes

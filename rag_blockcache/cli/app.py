@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -128,4 +130,6 @@ _add("import", import_index, "rag-blockcache import kv.tar ./kv --model MODEL")
 
 def main() -> None:
     """Run the command line; the entry point of ``rag-blockcache``."""
+    if not sys.stderr.isatty():  # bars of the libraries below us; our own knows by itself
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app()

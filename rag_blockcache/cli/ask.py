@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from rag_blockcache.reuse import parse_policy
 if TYPE_CHECKING:
     from rag_blockcache.answers import Answer
     from rag_blockcache.block_cache import BlockCache
+    from rag_blockcache.passages import Passage
     from rag_blockcache.retriever import Retriever, SearchResult
 
 _SHOWN_CHARACTERS = 160  # of a source passage
@@ -75,7 +77,8 @@ def ask(
         cache,
         retriever,
     ):
-        asking = Asking(cache, retriever, num_passages, policy, max_new_tokens, sampling)
+        options = {"policy": policy, "max_new_tokens": max_new_tokens, **sampling}
+        asking = Asking(cache, retriever, num_passages, options, seed)
         if as_json:
             print_json(asking.as_json(asked or ""))
         elif asked is not None:
@@ -101,10 +104,6 @@ def _sampling(
     """Translate to options of transformers' ``generate()``."""
     if temperature == 0 and (top_p is not None or top_k is not None or seed is not None):
         raise InvalidInputError("--top-p, --top-k and --seed draw tokens; give --temperature above 0 too")
-    if seed is not None:
-        import torch
-
-        torch.manual_seed(seed)
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
     options = {"do_sample": temperature > 0, "stop_strings": stop, **drawn}
     return {name: value for name, value in options.items() if value is not None}
@@ -118,24 +117,23 @@ class Asking:
         cache: BlockCache,
         retriever: Retriever,
         num_passages: int,
-        policy: str,
-        max_new_tokens: int,
-        sampling: dict[str, Any],
+        options: dict[str, Any],
+        seed: int | None,
     ) -> None:
-        self._cache, self._retriever, self._num_passages = cache, retriever, num_passages
-        self._options: dict[str, Any] = {"policy": policy, "max_new_tokens": max_new_tokens, **sampling}
+        self._cache, self._retriever = cache, retriever
+        self._num_passages, self._options, self._seed = num_passages, options, seed
 
     def as_json(self, question: str) -> dict[str, Any]:
         """Answer, and return all that is known of the answer."""
-        sources = self._retriever.search(question, self._num_passages)
+        sources = self._prepare(question)
         answer = self._cache.generate(question, _in_prompt_order(sources), **self._options)
         passages = [{"score": found.score, **asdict(found.passage)} for found in sources]
         return {"question": question, **asdict(answer), "passages": passages}
 
     def show(self, question: str, console: Console) -> None:
         """Show the sources, the answer as it comes, and what it took."""
-        sources = self._retriever.search(question, self._num_passages)
-        console.print(sources_table(sources))
+        sources = self._prepare(question)
+        console.print(sources_table(sources), end="\n\n")
         stream = self._cache.stream(question, _in_prompt_order(sources), **self._options)
         try:
             for piece in stream:
@@ -145,6 +143,14 @@ class Asking:
             typer.echo()
         if stream.answer is not None:
             console.print(Text(f"\n{describe_answer(stream.answer)}", style="dim"), soft_wrap=True)
+
+    def _prepare(self, question: str) -> list[SearchResult]:
+        """Retrieve, and have the same tokens drawn whatever was asked before."""
+        if self._seed is not None:
+            import torch
+
+            torch.manual_seed(self._seed)
+        return self._retriever.search(question, self._num_passages)
 
 
 def _in_prompt_order(sources: list[SearchResult]) -> list[Any]:
@@ -184,8 +190,15 @@ def sources_table(sources: list[SearchResult]) -> Table:
         text = " ".join(printable(found.passage.text).split())
         shown = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
         title = f"{printable(found.passage.title)}: " if found.passage.title else ""
-        table.add_row(str(number), f"{found.score:.2f}", Text.assemble((title, "bold"), shown))
+        origin = (f" ({_origin(found.passage)})" if found.passage.metadata.get("source") else "", "dim")
+        table.add_row(str(number), f"{found.score:.2f}", Text.assemble((title, "bold"), shown, origin))
     return table
+
+
+def _origin(passage: Passage) -> str:
+    """Name the file that a passage came from, and the page."""
+    page = passage.metadata.get("page")
+    return printable(Path(str(passage.metadata["source"])).name) + (f", page {page}" if page else "")
 
 
 def describe_answer(answer: Answer) -> str:

@@ -89,8 +89,9 @@ def index_and_prefill(
     For an index that exists, options left out are those it was made with.
     """
     chosen, part = parse_prefill(prefill), parse_shard(shard) if shard else None
+    recorded = recorded_settings(out)
     options = _Options.complete(
-        recorded_settings(out),
+        recorded,
         model=model,
         embedder=embedder,
         adapter=adapter,
@@ -108,7 +109,8 @@ def index_and_prefill(
         closing(Manifest(directory)) as manifest,
         ProgressBar(stderr()) as progress,
     ):
-        splitter = splitter_for(cache, max_passage_tokens, overlap)
+        splitting = recorded.splitting if recorded else ""
+        splitter = splitter_for(cache, max_passage_tokens, overlap, recorded=splitting)
         report = run(
             paths,
             cache=cache,

@@ -51,7 +51,7 @@ def _show_status(found: IndexStatus, console: Console) -> None:
             "model": f"{made.model} ({made.dtype or 'dtype of its files'})",
             "adapter": made.adapter or "none",
             "embedder": made.embedder,
-            "format": f"{made.passage_format}, passages of {made.splitting}",
+            "format": f"{made.passage_format}, {made.splitting}",
             "fingerprint": made.fingerprint,
         }
     console.print(facts_table(f"index {found.directory}", facts))

@@ -44,10 +44,12 @@ PassageFormat: TypeAlias = Annotated[
     typer.Option(help="How passages are shown to the model: paper, plain or template. paper if left out."),
 ]
 MaxPassageTokens: TypeAlias = Annotated[
-    int | None, typer.Option(min=1, help="Longest passage to cut documents into, in tokens of the model.")
+    int | None,
+    typer.Option(min=8, help="Longest passage to cut documents into, in tokens of the model; usually 256."),
 ]
 Overlap: TypeAlias = Annotated[
-    int | None, typer.Option(min=0, help="How many tokens a passage repeats of the one before it.")
+    int | None,
+    typer.Option(min=0, help="Most tokens that a passage repeats of the one before it; usually 0."),
 ]
 DiskBudget: TypeAlias = Annotated[
     int | None,

@@ -45,8 +45,7 @@ class ProgressBar:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._stage = ""
-        self._last_line = 0.0
+        self._last_lines: dict[str, float] = {}  # stages take turns
 
     def __enter__(self) -> ProgressBar:
         """Start drawing."""
@@ -75,11 +74,9 @@ class ProgressBar:
             self._console.print(f"{progress.stage}: {detail}", markup=False, soft_wrap=True)
 
     def _is_line_due(self, progress: JobProgress) -> bool:
-        is_new, self._stage = progress.stage != self._stage, progress.stage
         now = time.monotonic()
-        is_due = (
-            is_new or progress.num_done == progress.num_total or now - self._last_line >= _LINE_EVERY_SECONDS
-        )
-        if is_due:
-            self._last_line = now
-        return is_due
+        is_old = now - self._last_lines.get(progress.stage, float("-inf")) >= _LINE_EVERY_SECONDS
+        if not is_old and progress.num_done != progress.num_total:
+            return False
+        self._last_lines[progress.stage] = now
+        return True
