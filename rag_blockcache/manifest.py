@@ -53,7 +53,7 @@ _COMPARED = {
     "fingerprint": "the model {model} (fingerprint {fingerprint})",
     "embedder": "the embedder {embedder}",
     "passage_format": "the passage format {passage_format}",
-    "splitting": "passages of {splitting}",
+    "splitting": "{splitting}",
 }
 
 Shard = tuple[int, int]

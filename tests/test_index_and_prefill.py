@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
-from job_corpus import FakeCache, run, run_and_die, splitter, state
+from job_corpus import FakeCache, embed, run, run_and_die, splitter, state
 
+from rag_blockcache import BlockCache
 from rag_blockcache.errors import IndexMismatchError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.jobs import indexing, prefilling
 from rag_blockcache.jobs.index_lock import index_lock
+from rag_blockcache.jobs.maintenance import verify
 from rag_blockcache.manifest import Manifest
 from rag_blockcache.passages import Passage
 from rag_blockcache.retriever import Retriever
@@ -86,6 +92,25 @@ def test_a_shared_passage_is_encoded_once_counted_twice_and_stays_while_anyone_h
     assert run(out, [corpus]).num_removed_passages == 2
     assert passages(out) == ["About cat there is a lot to say."]
     assert len(state(out)["stored"]) == 1
+
+
+def sources(out, text):
+    return [json.loads(row[3])["source"] for row in state(out)["vectors"] if row[2] == text]
+
+
+def test_a_shared_passage_always_names_a_document_that_holds_it(corpus, out):
+    run(out, [corpus])
+    assert sources(out, SHARED) == [str(corpus / "ada.jsonl")]
+    write(corpus / "ada.jsonl", "Ada has no licence any more.")
+    run(out, [corpus])
+    assert sources(out, SHARED) == [str(corpus / "bob.jsonl")]
+    (corpus / "bob.jsonl").unlink()
+    run(out, [corpus])
+    assert sources(out, SHARED) == [str(corpus / "cat.jsonl")]
+    write(corpus / "cat.jsonl", "Nor has Cat.")
+    write(corpus / "dan.jsonl", SHARED)  # takes it over in the same commit
+    run(out, [corpus])
+    assert sources(out, SHARED) == [str(corpus / "dan.jsonl")]
 
 
 def test_only_the_changed_passage_of_a_changed_document_is_done(corpus, out):
@@ -240,7 +265,7 @@ def test_another_model_embedder_or_splitting_is_refused(corpus, out):
     before = state(out)
     with pytest.raises(IndexMismatchError, match=r"models/fake .*not the model models/other"):
         run(out, [corpus], cache=FakeCache(out, fingerprint="other"))
-    with pytest.raises(IndexMismatchError, match="passages of"):
+    with pytest.raises(IndexMismatchError, match=r"passages of up to 60 tokens.*not passages of up to 30"):
         run(out, [corpus], splitter=type(splitter())(splitter_tokenizer(), max_tokens=30))
     assert state(out) == before
 
@@ -319,7 +344,7 @@ def test_an_interruption_loses_nothing(corpus, out, stage, tmp_path, monkeypatch
 
 
 KILLS = multiprocessing.get_context("forkserver")
-KILLS.set_forkserver_preload(["job_corpus"])
+KILLS.set_forkserver_preload(["rag_blockcache.block_cache", "rag_blockcache.retriever"])
 
 
 def _in_a_process(out, corpus, num_events):
@@ -375,6 +400,10 @@ def test_shards_share_the_documents_and_one_directory(corpus, out, tmp_path):
         worker.join()
     assert failures == []
     whole, sharded = state(tmp_path / "whole"), state(out)
+    sources = [json.loads(row[3])["source"] for row in sharded["vectors"] if row[2] == SHARED]
+    assert len(sources) == 1  # of any document, whichever shard came first
+    for found in (whole, sharded):
+        found["vectors"] = [row for row in found["vectors"] if row[2] != SHARED]
     assert sharded == whole
 
 
@@ -401,3 +430,57 @@ def test_shards_may_have_a_directory_each(corpus, tmp_path):
 def test_a_shard_that_does_not_exist_is_refused(corpus, out, shard):
     with pytest.raises(InvalidInputError, match="shard is"):
         run(out, [corpus], shard=shard)
+
+
+# With the engine itself
+
+
+def test_passages_that_the_job_prefilled_are_reused_in_answers(tiny_model, tiny_tokenizer, corpus, out):
+    cache = BlockCache(tiny_model, out, tokenizer=tiny_tokenizer)
+    report = run(out, [corpus], cache=cache)
+    assert report.num_encoded_blocks == 4
+    assert report.num_bytes == report.num_tokens * cache.model.kv_bytes_per_token
+    with (
+        closing(BlockCache(tiny_model, out, tokenizer=tiny_tokenizer)) as cache,
+        closing(Retriever(out / "index", embedder=embed)) as retriever,
+        closing(Manifest(out)) as manifest,
+    ):
+        found = [result.passage for result in retriever.search("Who is Ada?", k=3)]
+        answer = cache.generate("Who is Ada?", found, max_new_tokens=2, policy="block")
+        assert (answer.num_hits, answer.num_misses) == (3, 0)
+        assert verify(cache=cache, retriever=retriever, manifest=manifest).is_sound
+
+
+STOPPED_IN_PREFILL = """
+import sys
+from pathlib import Path
+from job_corpus import run
+from rag_blockcache import BlockCache
+
+def wait(progress):
+    if progress.stage == "prefill" and progress.num_tokens:
+        print("encoding", flush=True)
+        sys.stdin.read()
+
+model, out, corpus = map(Path, sys.argv[1:])
+run(out, [corpus], cache=BlockCache(model, out), progress=wait)
+"""
+
+
+def test_a_process_killed_while_it_encodes_leaves_an_index_that_the_next_one_finishes(
+    tiny_model_path, corpus, out
+):
+    for number in range(60):
+        write(corpus / f"{number}.jsonl", f"Document number {number} says {'this and that ' * 8}.")
+    arguments = [sys.executable, "-c", STOPPED_IN_PREFILL, tiny_model_path, out, corpus]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(arguments, env=environment, stdin=-1, stdout=-1, stderr=-1) as process:
+        assert process.stdout.readline() == b"encoding\n", process.communicate()[1].decode()
+        process.kill()
+    stored = len(state(out)["stored"])
+    assert 0 < stored < 64
+    report = run(out, [corpus], cache=BlockCache(tiny_model_path, out))
+    assert report.num_unchanged_documents == 63
+    assert report.num_encoded_blocks == 64 - stored  # nothing is encoded twice
+    assert report.num_pending_blocks == 0
+    assert len(state(out)["stored"]) == 64

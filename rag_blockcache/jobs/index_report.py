@@ -28,7 +28,8 @@ class IndexReport:
         num_changed_documents: Documents indexed again, or whose indexing had been interrupted.
         num_unchanged_documents: Documents passed over.
         num_gone_documents: Documents removed, since they are not there any more.
-        num_failed_documents: Documents that could not be read; what was indexed of them before stays.
+        num_failed_documents: Documents that could not be read, in whole (what was indexed of them before
+            stays) or in part (the rest is indexed).
         num_added_passages: Passages embedded.
         num_removed_passages: Passages removed, since no document holds them any more.
         num_shared_passages: Passages in the index that more than one document holds.

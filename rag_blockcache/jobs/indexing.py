@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.index_records import DocumentRecord, PassageRecord
 from rag_blockcache.jobs.documents import Document, PassageSplitter, split_document
 from rag_blockcache.jobs.index_report import JobTally
+from rag_blockcache.jobs.sources import name_other_sources
 from rag_blockcache.manifest import Manifest
 from rag_blockcache.passages import Passage
 
@@ -56,7 +57,7 @@ class Indexing:
         with self._tally.timed("split"):
             record, passages = self._split(document)
         self._documents.append(record)
-        self._passages.update(passages)
+        self._passages = passages | self._passages  # of equal ones, the first stands for all
         self._num_split += 1
         self._num_tokens += sum(passage.num_tokens for passage in record.passages)
         self._tally.tell("split", self._num_split, num_tokens=self._num_tokens)
@@ -68,6 +69,12 @@ class Indexing:
         if not self._documents:
             return
         with self._tally.timed("embed"):
+            self._before_losing(
+                {
+                    document.document_id: {passage.passage_id for passage in document.passages}
+                    for document in self._documents
+                }
+            )
             self._manifest.replace_documents(self._documents)
             wanted = self._manifest.unembedded(self._passages)
             if self._retriever is not None and wanted:
@@ -81,8 +88,13 @@ class Indexing:
         """Forget documents that have gone; their passages are dropped by ``drop_unused``."""
         remaining = iter(document_ids)
         while group := list(islice(remaining, _GROUP)):
+            self._before_losing(dict.fromkeys(group, ()))
             self._manifest.remove_documents(group)
             self._tally.counts["num_gone_documents"] += len(group)
+
+    def _before_losing(self, remaining: Mapping[str, Collection[str]]) -> None:
+        if self._retriever is not None:
+            name_other_sources(self._retriever, self._manifest, remaining)
 
     def drop_unused(self) -> None:
         """Delete the passages that no document holds any more, then the blocks that no passage needs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rag_blockcache.errors import InvalidInputError
@@ -26,7 +26,7 @@ class Scan:
         self, paths: Sequence[Path | str], *, manifest: Manifest, shard: Shard | None, tally: JobTally
     ) -> None:
         self._paths, self._manifest, self._shard, self._tally = paths, manifest, shard, tally
-        self._failed: list[str] = []
+        self._failed: set[str] = set()
         self._num_seen = 0
 
     def outdated(self) -> Iterator[Document]:
@@ -60,8 +60,8 @@ class Scan:
 
     def _fail(self, source: str, reason: str) -> None:
         self._num_seen += 1
-        self._failed.append(source)
-        self._tally.counts["num_failed_documents"] += 1
+        self._failed.add(source)
+        self._tally.counts["num_failed_documents"] = len(self._failed)
         self._tally.fail(source, reason)
 
     def gone(self) -> list[str]:
@@ -77,8 +77,6 @@ class Scan:
         ]
 
 
-def _is_below(document_id: str, roots: Sequence[str]) -> bool:
-    """Say whether a document is one of these files, in one of these folders, or part of one of the files."""
-    return any(
-        document_id == root or document_id.startswith((root.rstrip("/") + "/", root + "#")) for root in roots
-    )
+def _is_below(document_id: str, roots: Iterable[str]) -> bool:
+    """Say whether a document is one of these files, or in one of these folders."""
+    return any(document_id == root or document_id.startswith(root.rstrip("/") + "/") for root in roots)
