@@ -61,7 +61,7 @@ class Indexing:
         self._num_split += 1
         self._num_tokens += sum(passage.num_tokens for passage in record.passages)
         self._tally.tell("split", self._num_split, num_tokens=self._num_tokens)
-        if sum(len(document.passages) for document in self._documents) >= _GROUP:
+        if max(len(self._passages), len(self._documents)) >= _GROUP:
             self.commit()
 
     def commit(self) -> None:
