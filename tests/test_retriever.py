@@ -190,6 +190,15 @@ def test_equal_scores_stand_in_the_order_of_adding_however_many_are_asked_for(re
         ]
 
 
+def test_scores_that_only_rounding_tells_apart_count_as_equal(retriever):
+    chance = np.random.default_rng(0)
+    numbers = chance.standard_normal(DIMENSION)
+    vectors = np.stack([chance.permutation(numbers) for _ in range(400)])  # all at one angle to the diagonal
+    retriever.add(numbered(400), embeddings=vectors)
+    found = retriever.search(np.ones(DIMENSION), 5)
+    assert [result.passage.passage_id for result in found] == ["0", "1", "2", "3", "4"]
+
+
 def test_many_queries_at_once_are_answered_as_one_by_one(retriever):
     vectors = random_vectors(300)
     retriever.add(numbered(300), embeddings=vectors)
@@ -204,6 +213,7 @@ def test_every_kind_of_index_gives_as_many_as_the_filter_leaves(tmp_path, index_
     with Retriever(tmp_path, index_factory=index_factory) as retriever:
         vectors = random_vectors(500)
         retriever.add(numbered(500), embeddings=vectors)
+        retriever.search(vectors[0])  # so that what follows changes a filled index
         retriever.delete([str(number) for number in range(100)])
         retriever.add(numbered(20), embeddings=vectors[:20])
         kept = np.r_[100:500, 0:20]
@@ -470,6 +480,16 @@ def test_a_saved_index_is_read_and_not_made_again(tmp_path, monkeypatch):
     )
     with Retriever(tmp_path, embedder=embed) as retriever, retriever._table.transaction():
         assert retriever._index.current().num_vectors == len(WORDS)
+
+
+def test_an_index_that_is_saved_is_not_written_again(tmp_path, monkeypatch):
+    with Retriever(tmp_path, embedder=embed) as retriever:
+        retriever.add(WORDS)
+        retriever.save()
+        monkeypatch.setattr(
+            "rag_blockcache.retriever.vector_index.VectorIndex.save", lambda *_: pytest.fail("written again")
+        )
+        retriever.save()
 
 
 def test_a_faiss_file_without_its_passages_is_refused(tmp_path):

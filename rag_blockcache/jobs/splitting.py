@@ -58,7 +58,6 @@ def _made(kind: Any, tokenizer: PreTrainedTokenizerBase, max_tokens: int, overla
     if isinstance(backend, Tokenizer):
         counting = Tokenizer.from_str(backend.to_str())  # a copy: the model's keeps its settings
         counting.no_truncation()
-        counting.no_padding()
         return kind.from_huggingface_tokenizer(counting, max_tokens, overlap_tokens)
 
     def num_tokens(text: str) -> int:
