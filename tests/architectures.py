@@ -1,8 +1,6 @@
-"""Tiny random models, one a row: every architecture and rotary variant that the library accepts, and those it refuses."""
+"""Tiny random models, one a row: each architecture and rotary variant that is accepted, and those refused."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import transformers
@@ -76,7 +74,10 @@ ACCEPTED: dict[str, tuple[str, dict[str, object]]] = {
     "stablelm": ("StableLm", {}),
     "stablelm-qk-norm": ("StableLm", {"qk_layernorm": True}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
-    "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 24, "num_hidden_layers": 7, "query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": 24, "num_hidden_layers": 7, "query_pre_attn_scalar": 16},
+    ),
     "glm": ("Glm", {"head_dim": 16}),
     "cohere": ("Cohere", {}),
     "cohere-qk-norm": ("Cohere", {"use_qk_norm": True}),
@@ -136,6 +137,3 @@ def build(family: str, options: dict[str, object], dtype: torch.dtype = torch.fl
 def accepted(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the accepted architecture of that name."""
     return build(*ACCEPTED[name], dtype=dtype)
-
-
-Builder = Callable[..., PreTrainedModel]

@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models and a tiny tokenizer made here, and two real models where they are installed."""
+"""Fixtures: tiny random models and a tiny tokenizer made here, and a real model where it is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import architectures
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rag_blockcache import BlockCache, Passage
 from rag_blockcache.assembler import Placement
-from rag_blockcache.prompt import PassageFormat
+from rag_blockcache.passage_format import PassageFormat
 
 PASSAGES = [
     "Ada wrote the note on the engine, and signed it A. A. L.",
@@ -41,7 +41,9 @@ def masks(network, lengths, windows):
         mask = seen if window is None else seen & (place[:, None] - place < window)
         if network.config._attn_implementation == "eager":
             lowest = torch.finfo(network.dtype).min
-            found[layer_type] = torch.zeros(total, total, dtype=network.dtype).masked_fill(~mask, lowest)[None, None]
+            found[layer_type] = torch.zeros(total, total, dtype=network.dtype).masked_fill(~mask, lowest)[
+                None, None
+            ]
         else:
             found[layer_type] = mask[None, None]
     return found if len(found) > 1 else next(iter(found.values()))
@@ -72,7 +74,9 @@ def distance(one, other):
 def windows_of(network):
     """Read windows from the configuration, as its authors document it, not through the library."""
     config = network.config
-    types = getattr(config, "layer_types", None) or ["sliding_attention" if getattr(config, "sliding_window", None) else ""]
+    types = getattr(config, "layer_types", None) or [
+        "sliding_attention" if getattr(config, "sliding_window", None) else ""
+    ]
     return {kind: config.sliding_window if kind == "sliding_attention" else None for kind in types}
 
 
@@ -92,7 +96,9 @@ def test_reused_blocks_give_the_logits_of_one_block_masked_prefill(name, tiny_to
     reference = block_masked_prefill(network, segments, windows_of(network))
     assert distance(first, reference) < FLOAT32
     assert distance(again, reference) < FLOAT32
-    assert distance(reference, full_prefill(network, segments)) > 100 * FLOAT32, "the block mask must matter here"
+    assert distance(reference, full_prefill(network, segments)) > 100 * FLOAT32, (
+        "the block mask must matter here"
+    )
 
 
 @pytest.mark.parametrize("name", architectures.ACCEPTED)
@@ -139,12 +145,17 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_models_own_pass(name, ti
 )
 def test_order_number_and_repetition_of_passages_make_no_difference(passages, tiny_model, tiny_cache):
     logits = tiny_cache.first_logits(QUESTION, passages, policy="block")
-    reference = block_masked_prefill(tiny_model, tiny_cache.segments(QUESTION, passages), windows_of(tiny_model))
+    reference = block_masked_prefill(
+        tiny_model, tiny_cache.segments(QUESTION, passages), windows_of(tiny_model)
+    )
     assert distance(logits, reference) < FLOAT32
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.text(min_size=1, max_size=40).filter(str.strip), max_size=6), question=st.text(min_size=1, max_size=30))
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=40).filter(str.strip), max_size=6),
+    question=st.text(min_size=1, max_size=30),
+)
 def test_any_text_is_served_exactly(texts, question, tiny_model, tiny_cache):
     if not question.strip():
         question = "?"
@@ -226,14 +237,18 @@ def _swap_values(placements):
 
 @pytest.mark.parametrize("change", [_shift_one, _swap_values])
 def test_this_suite_notices_a_wrong_placement(change, monkeypatch, tiny_model, tiny_cache):
-    reference = block_masked_prefill(tiny_model, tiny_cache.segments(QUESTION, PASSAGES), windows_of(tiny_model))
+    reference = block_masked_prefill(
+        tiny_model, tiny_cache.segments(QUESTION, PASSAGES), windows_of(tiny_model)
+    )
     assert distance(_logits_with(monkeypatch, tiny_cache, change), reference) > 10 * FLOAT32
 
 
 def test_this_suite_notices_keys_that_were_not_re_encoded(monkeypatch, tiny_model, tiny_cache):
     from rag_blockcache import assembler
 
-    reference = block_masked_prefill(tiny_model, tiny_cache.segments(QUESTION, PASSAGES), windows_of(tiny_model))
+    reference = block_masked_prefill(
+        tiny_model, tiny_cache.segments(QUESTION, PASSAGES), windows_of(tiny_model)
+    )
 
     def unmoved(keys, angles, *, interleaved=False, out):
         return out.copy_(keys)

@@ -32,7 +32,9 @@ def test_full_answers_on_a_gpu_equal_generate_of_the_bare_model(name, tiny_token
     network = architectures.accepted(name).cuda()
     cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
     answer = cache.generate("Who?", PASSAGES[:2], policy="full", max_new_tokens=12, do_sample=False)
-    token_ids = torch.tensor([sum(cache.segments("Who?", PASSAGES[:2]), [])]).cuda()
+    token_ids = torch.tensor(
+        [[token for segment in cache.segments("Who?", PASSAGES[:2]) for token in segment]]
+    ).cuda()
     bare = network.generate(
         token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=12, do_sample=False
     )
