@@ -25,13 +25,15 @@ from rag_blockcache.answers import (
 from rag_blockcache.assembler import Context
 from rag_blockcache.block_source import BlockSource
 from rag_blockcache.break_even import BreakEven
+from rag_blockcache.chat_template import Message
 from rag_blockcache.errors import ContextTooLongError, InvalidInputError
 from rag_blockcache.generator import Monitor, check_options, decode, prefill
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.loading import load_model
+from rag_blockcache.passage_format import PassageFormat
 from rag_blockcache.passages import Block, Passage, as_passages
 from rag_blockcache.plan import Plan
-from rag_blockcache.prompt import Message, PassageFormat, Prompt, Segment
+from rag_blockcache.prompt import Prompt, Segment
 from rag_blockcache.reuse import FULL, choose_policy, parse_policy
 from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore

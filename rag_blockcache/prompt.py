@@ -8,21 +8,18 @@ alone, which makes their tokens the same offline and online.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rag_blockcache.chat_template import ChatTemplate, Marks, Message
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.passage_format import PAPER, TEMPLATE, PassageFormat, format_named
 from rag_blockcache.passages import Passage
-
-Message = Mapping[str, str]
-_MARK = re.compile(r"RBCMARK(\d+)X")
-_ANCHOR = "\n"  # in front of a text whose tokenizer would add a space before it
+from rag_blockcache.plain_text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -38,73 +35,12 @@ class Segment:
     token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class PassageFormat:
-    """How passages and question are put to the model.
-
-    Attributes:
-        name: To choose it by.
-        instruction: Stands before the passages.
-        passage: One passage that has a title; ``{title}`` and ``{text}`` are filled in.
-        untitled: One passage that has none.
-        question: Stands after the passages; ``{question}`` is filled in.
-    """
-
-    name: str
-    instruction: str
-    passage: str
-    untitled: str
-    question: str
-
-    def render(self, passage: Passage) -> str:
-        """Return the text of one passage as the model reads it."""
-        template = self.passage if passage.title else self.untitled
-        return template.replace("{title}", passage.title, 1).replace("{text}", passage.text, 1)
-
-
-# The prompt that the released Block-Attention models were trained with, to the letter (arXiv 2409.15355).
-PAPER = PassageFormat(
-    name="paper",
-    instruction=(
-        "You are an intelligent AI assistant. Please answer questions based on the user's instructions. "
-        "Below are some reference documents that may help you in answering the user's question.\n\n"
-    ),
-    passage="- Title: {title}\n{text}\n",
-    untitled="- {text}\n",
-    question=(
-        "\n\nPlease write a high-quality answer for the given question using only the provided search "
-        "documents (some of which might be irrelevant).\nQuestion: {question}\n"
-    ),
-)
-PLAIN = PassageFormat(
-    name="plain",
-    instruction="Answer the question from these passages.\n\n",
-    passage="{title}\n{text}\n\n",
-    untitled="{text}\n\n",
-    question="Question: {question}",
-)
-# Hands the passages to a chat template that reads ``documents=`` (Granite, Command R); see ``Prompt``.
-TEMPLATE = PassageFormat(name="template", instruction="", passage="", untitled="", question="{question}")
-FORMATS = {chosen.name: chosen for chosen in (PAPER, PLAIN, TEMPLATE)}
-
-
-@dataclass
-class _Marks:
-    """Placeholders in a rendering, and the user's text that each stands for."""
-
-    texts: list[str | Passage] = field(default_factory=list)
-
-    def add(self, text: str | Passage) -> str:
-        self.texts.append(text)
-        return f"RBCMARK{len(self.texts) - 1}X"
-
-
 class Prompt:
     """Makes prompts for one tokenizer in one format.
 
     Args:
         tokenizer: The model's; its chat template is applied, if it has one.
-        passage_format: Name in ``FORMATS``, or a format of your own.
+        passage_format: Name in ``passage_format.FORMATS``, or a format of your own.
         preamble: Text before the passages instead of the format's instruction; None keeps that.
 
     Raises:
@@ -118,22 +54,24 @@ class Prompt:
         passage_format: str | PassageFormat = PAPER,
         preamble: str | None = None,
     ) -> None:
-        if isinstance(passage_format, str):
-            if passage_format not in FORMATS:
-                raise InvalidInputError(
-                    f"passage format {passage_format!r} is unknown; use one of {sorted(FORMATS)}"
-                )
-            passage_format = FORMATS[passage_format]
-        self._tokenizer = tokenizer
-        self.format = passage_format
-        self.preamble = passage_format.instruction if preamble is None else preamble
-        self._adds_space = _adds_space(tokenizer)
-        self._encode_passage = lru_cache(maxsize=16384)(self._encode_text)
-        self._wrapper = self._passage_in_template() if passage_format.name == TEMPLATE.name else None
+        self._encoder = TextEncoder(tokenizer)
+        self._template = ChatTemplate(tokenizer)
+        self.format = format_named(passage_format)
+        self.preamble = self.format.instruction if preamble is None else preamble
+        self._encode_passage = lru_cache(maxsize=4096)(lambda shown: tuple(self._encoder.text(shown)))
+        self._shape = self._template.shape_of_documents() if self.format == TEMPLATE else None
 
     def passage_tokens(self, passage: Passage) -> tuple[int, ...]:
-        """Return the tokens of a passage, as they stand in every prompt."""
-        return self._encode_passage(self._shown(passage))
+        """Return the tokens of a passage, as they stand in every prompt.
+
+        Raises:
+            InvalidInputError: If the tokenizer makes no tokens of it.
+        """
+        shown = self.format.render(passage) if self._shape is None else self._shape.render(passage)
+        token_ids = self._encode_passage(shown)
+        if not token_ids:
+            raise InvalidInputError(f"the tokenizer makes no tokens of passage {shown[:40]!r}; leave it out")
+        return token_ids
 
     def segments(
         self,
@@ -151,7 +89,8 @@ class Prompt:
             passages: Blocks, in the order in which the model reads them; may be empty.
             system_prompt: Of the chat template; a template without a place for one gets it in front of the
                 first message.
-            chat_history: Earlier messages, ``{"role": ..., "content": ...}`` each.
+            chat_history: Earlier messages, ``{"role": ..., "content": ...}`` each. Content may be None,
+                as in a message that only calls tools.
             tools: Handed to the chat template.
 
         Returns:
@@ -159,144 +98,107 @@ class Prompt:
             passages, and whatever a template writes between those.
 
         Raises:
-            InvalidInputError: If the question is empty, or the template refuses the messages.
+            InvalidInputError: If the question is empty, the template refuses the messages, or a control
+                token stands where a template shows text as it is (tools, roles, tool calls).
         """
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError("the question is empty; ask something")
-        marks = _Marks()
-        rendered = self._render(marks, question, passages, system_prompt, chat_history, tools)
-        return self._cut(rendered, marks)
+        marks = Marks()
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages = [self._marked_message(marks, message) for message in (*system, *chat_history)]
+        user = self._user_marks(marks, question, passages if self._shape is None else ())
+        messages.append({"role": "user", "content": "".join(user)})
+        self._refuse_control(tools)
+        options = {"tools": list(tools)} if tools else {}
+        if self._shape is None:
+            rendered, needed = self._template.render(messages, **options), user
+        else:
+            rendered, documents = self._render_documents(marks, messages, passages, options)
+            needed = user + documents
+        if not all(mark in rendered for mark in needed):
+            raise InvalidInputError("the chat template leaves out the question or a passage; use another one")
+        return self._cut(marks.split(rendered), marks.texts)
 
     def text_tokens(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text that continues a prompt; control tokens in it are text."""
-        return self._encode_text(text)
+        return tuple(self._encoder.text(text))
 
-    def _shown(self, passage: Passage) -> str:
-        if self._wrapper is None:
-            return self.format.render(passage)
-        template, escapes = self._wrapper
-        title, text = (json.dumps(part)[1:-1] if escapes else part for part in (passage.title, passage.text))
-        return _MARK.sub(lambda mark: title if mark[1] == "0" else text, template)
+    def _user_marks(self, marks: Marks, question: str, passages: Sequence[Passage]) -> list[str]:
+        """Mark what stands in the message of the user, without the white space that a template strips."""
+        preamble, asked = self.preamble, self.format.ask(question)
+        if self._template.strips_messages:
+            preamble, asked = preamble.lstrip(), asked.rstrip()
+            asked = asked if preamble or passages else asked.lstrip()
+        contents: list[str | Passage] = [preamble, *passages, asked]
+        return [marks.add(content) for content in contents if content]
 
-    def _render(
-        self,
-        marks: _Marks,
-        question: str,
-        passages: Sequence[Passage],
-        system_prompt: str | None,
-        chat_history: Sequence[Message],
-        tools: Sequence[Any] | None,
-    ) -> str:
-        head = [{"role": "system", "content": marks.add(system_prompt)}] if system_prompt else []
-        history = [{**message, "content": marks.add(_content(message))} for message in chat_history]
-        asked = self.format.question.replace("{question}", question, 1)
-        shown = "" if self._wrapper is not None else "".join(marks.add(passage) for passage in passages)
-        user = (marks.add(self.preamble) if self.preamble else "") + shown + marks.add(asked)
-        messages = [*head, *history, {"role": "user", "content": user}]
-        if self._tokenizer.chat_template is None:
-            return self._render_plainly(messages)
-        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
-        documents = [{"title": marks.add(""), "text": marks.add(passage)} for passage in passages]
-        if self._wrapper is not None:
-            options["documents"] = documents
-        try:
-            rendered = self._apply(messages, **options)
-        except TemplateError as error:
-            if not head:
-                raise InvalidInputError(f"the chat template refuses these messages: {error}") from error
-            first = messages[1]
-            messages = [{**first, "content": f"{head[0]['content']}\n\n{first['content']}"}, *messages[2:]]
-            rendered = self._apply(messages, **options)
-        return rendered if self._wrapper is None else self._unwrap(rendered, documents)
-
-    def _unwrap(self, rendered: str, documents: Sequence[Mapping[str, str]]) -> str:
-        """Leave only the placeholder of each document: what stands around title and text is in its block."""
-        assert self._wrapper is not None
-        for document in documents:
-            wrapped = (
-                self._wrapper[0]
-                .replace("RBCMARK0X", document["title"])
-                .replace("RBCMARK1X", document["text"])
+    def _marked_message(self, marks: Marks, message: Message) -> Message:
+        self._refuse_control({name: value for name, value in message.items() if name != "content"})
+        content = message.get("content")
+        if content is None:
+            return message
+        if not isinstance(content, str):
+            raise InvalidInputError(
+                f"a chat message needs its content as a string, got {type(content).__name__}; "
+                "join its text parts first"
             )
-            rendered = rendered.replace(wrapped, document["text"])
-        return rendered
+        return {
+            **message,
+            "content": marks.add(content.strip() if self._template.strips_messages else content),
+        }
 
-    def _apply(self, messages: list[dict[str, str]], **options: Any) -> str:
-        return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
-            messages, tokenize=False, add_generation_prompt=True, **options
-        )
+    def _refuse_control(self, value: Any) -> None:
+        """Refuse control tokens in what a template shows as it is."""
+        written = json.dumps(value, ensure_ascii=False, default=str)
+        for token in self._encoder.control:
+            if token in written:
+                raise InvalidInputError(
+                    f"{token!r} is a control token of this model, and stands in a tool, a role or a tool call; "
+                    "remove it there"
+                )
 
-    def _render_plainly(self, messages: list[dict[str, str]]) -> str:
-        """Stand in for the template that a base model does not have."""
-        start = self._tokenizer("x").input_ids[0] == self._tokenizer.bos_token_id
-        bos = self._tokenizer.bos_token if start and self._tokenizer.bos_token_id is not None else ""
-        return bos + "\n\n".join(message["content"] for message in messages) + "\nAnswer:"
+    def _render_documents(
+        self,
+        marks: Marks,
+        messages: Sequence[Message],
+        passages: Sequence[Passage],
+        options: Mapping[str, Any],
+    ) -> tuple[str, list[str]]:
+        """Render passages as documents; return the marks that stand for them, title included."""
+        assert self._shape is not None
+        documents = [{"title": marks.add(""), "text": marks.add(passage)} for passage in passages]
+        rendered = self._template.render(messages, documents=documents, **options)
+        for document in documents:  # what stands around title and text is in the block already
+            rendered = rendered.replace(
+                self._shape.fill(document["title"], document["text"]), document["text"]
+            )
+        return rendered, [document["text"] for document in documents]
 
-    def _cut(self, rendered: str, marks: _Marks) -> list[Segment]:
+    def _cut(self, pieces: Sequence[str], texts: Sequence[str | Passage]) -> list[Segment]:
+        """Encode pieces, written by the template and by users in turn, and part them at passages."""
         segments: list[Segment] = []
-        text: list[int] = []
-        pieces = _MARK.split(rendered)
-        for index, piece in enumerate(pieces):
-            if index % 2 == 0:  # written by the template
-                text += self._encode(piece, is_start=index == 0, control=True)
-                continue
-            content = marks.texts[int(piece)]
-            if isinstance(content, str):
-                text += self._encode(content, is_start=False, control=False)
-                continue
-            if text or not segments:
-                segments.append(Segment("text", tuple(text)))
-                text = []
-            segments.append(Segment("passage", self.passage_tokens(content)))
+        tokens: list[int] = []
+        for index, content in enumerate(self._contents(pieces, texts)):
+            if isinstance(content, Passage):
+                if tokens or not segments:
+                    segments.append(Segment("text", tuple(tokens)))
+                    tokens = []
+                segments.append(Segment("passage", self.passage_tokens(content)))
+            elif index % 2 == 0:
+                tokens += self._encoder.template(content, is_start=index == 0)
+            else:
+                # A base model's prompt starts with a text, behind nothing but a token that begins it.
+                tokens += self._encoder.text(content, is_start=index == 1 and self._template.is_plain)
         if not segments:  # no passages: the preamble ends where they would stand
             segments.append(Segment("text", ()))
-        return [*segments, Segment("text", tuple(text))]
+        return [*segments, Segment("text", tuple(tokens))]
 
-    def _encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self._encode(text, is_start=False, control=False))
-
-    def _encode(self, text: str, *, is_start: bool, control: bool) -> list[int]:
-        if not text:
-            return []
-        if is_start or not self._adds_space:
-            return self._raw(text, control)
-        anchor, anchored = self._raw(_ANCHOR, control), self._raw(_ANCHOR + text, control)
-        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else self._raw(text, control)
-
-    def _raw(self, text: str, control: bool) -> list[int]:
-        if control:
-            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
-        return list(self._tokenizer._encode_without_added_tokens(text))
-
-    def _passage_in_template(self) -> tuple[str, bool]:
-        """Return what a template writes for one document, and whether it escapes it as JSON."""
-        if self._tokenizer.chat_template is None:
-            raise InvalidInputError(
-                "passage format 'template' needs a chat template, and this tokenizer has none"
-            )
-        documents = [{"title": f"RBCMARK{2 * i}X", "text": f"RBCMARK{2 * i + 1}X"} for i in range(2)]
-        ask = [{"role": "user", "content": "?"}]
-        rendered = self._apply(ask, documents=documents)
-        found = re.search(r"(?:RBCMARK0X.*)?RBCMARK1X", rendered, re.DOTALL)
-        if found is None or "RBCMARK3X" not in rendered:
-            raise InvalidInputError(
-                "this chat template does not show documents; use passage format 'paper' or 'plain' instead"
-            )
-        quoted = self._apply(ask, documents=[{"title": "", "text": '"'}])
-        return found[0], '\\"' in quoted
-
-
-def _content(message: Message) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise InvalidInputError(
-            f"a chat message needs its content as a string, got {type(content).__name__}; "
-            "join its text parts first"
-        )
-    return content
-
-
-def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer puts a space before a text, as SentencePiece tokenizers do."""
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids[:1])
-    return bool(first) and first[0][:1] in ("\u2581", "\u0120")
+    def _contents(self, pieces: Sequence[str], texts: Sequence[str | Passage]) -> list[str | Passage]:
+        """Put texts into their places; spaces that a template wrote before them join their first words."""
+        contents = [texts[int(piece)] if index % 2 else piece for index, piece in enumerate(pieces)]
+        for index in range(1, len(contents), 2):
+            before, text = contents[index - 1], contents[index]
+            if isinstance(before, str) and isinstance(text, str):
+                contents[index - 1] = before.rstrip(" ")
+                contents[index] = before[len(before.rstrip(" ")) :] + text
+        return contents
