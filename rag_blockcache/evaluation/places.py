@@ -1,0 +1,98 @@
+"""The places that blocks are reused from: memory, and a disk whose files are cached, checked, or neither."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rag_blockcache.evaluation import page_cache
+from rag_blockcache.evaluation.requests import (
+    FirstToken,
+    block_source,
+    make_plan,
+    reused_first_token,
+    store_blocks,
+)
+from rag_blockcache.evaluation.token_prompts import TokenPrompt
+from rag_blockcache.kv_states import KVStates
+from rag_blockcache.model import Model
+from rag_blockcache.reuse import Policy
+from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
+
+_STILL_CACHED = 0.02  # a disk counts as cold if no more than this share of the files is in the page cache
+
+
+def scratch_folder(parent: Path | str | None) -> tempfile.TemporaryDirectory[str]:
+    """Make a folder for blocks that goes when its ``with`` block ends; None where temporary files go."""
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="rag-blockcache-bench-", dir=parent)
+
+
+Reader = Callable[[Policy], FirstToken]
+
+
+class Places:
+    """The blocks of one prompt, stored in memory and on disk.
+
+    Args:
+        model: Encodes them.
+        prompt: The prompt.
+        policy: Reuses blocks.
+        folder: Empty; takes the blocks.
+
+    Attributes:
+        memory: Blocks from memory, on the model's device.
+        can_be_cold: Whether the files can be thrown out of the page cache.
+        cold_share: Largest share of the files that was left in it when they were read cold; None before.
+    """
+
+    def __init__(self, model: Model, prompt: TokenPrompt, policy: Policy, folder: Path) -> None:
+        self._folder = folder
+        self._model, self._prompt = model, prompt
+        self.memory = block_source(model, TieredStore(MemoryStore(), None))
+        self._disk = TieredStore(None, DiskStore(self._folder))  # no memory tier: every look-up opens files
+        store_blocks(self.memory, prompt, policy, self._disk)
+        self._host = self._copy_to_host(policy) if model.device.type != "cpu" else None
+        self._files = page_cache.block_files(self._folder)
+        page_cache.drop(self._files)
+        self.can_be_cold = page_cache.cached_share(self._files) <= _STILL_CACHED
+        self.cold_share: float | None = None
+
+    def readers(self) -> dict[str, Reader]:
+        """Return how to take the request from each place, by the names in ``ReuseLatency``."""
+        found: dict[str, Reader] = {"memory": lambda policy: self._read(self.memory.store, policy)}
+        if self._host is not None:
+            host = self._host
+            found["host_memory"] = lambda policy: self._read(host, policy)
+        found["disk"] = lambda policy: self._read(self._disk, policy)
+        found["disk_first"] = self._read_first
+        if self.can_be_cold:
+            found["disk_cold"] = self._read_cold
+        return found
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._disk.close()
+
+    def _read(self, store: TieredStore, policy: Policy) -> FirstToken:
+        return reused_first_token(block_source(self._model, store), self._prompt, policy)
+
+    def _read_first(self, policy: Policy) -> FirstToken:
+        """Read as a new process does, which checks every block."""
+        with DiskStore(self._folder) as disk:
+            return self._read(TieredStore(None, disk), policy)
+
+    def _read_cold(self, policy: Policy) -> FirstToken:
+        with DiskStore(self._folder) as disk:
+            page_cache.drop(self._files)
+            share = page_cache.cached_share(self._files)
+            self.cold_share = max(share, self.cold_share or 0.0)
+            return self._read(TieredStore(None, disk), policy)
+
+    def _copy_to_host(self, policy: Policy) -> TieredStore:
+        host = TieredStore(MemoryStore(), None)
+        states = self.memory.load(make_plan(self.memory, self._prompt, policy))
+        host.put_many({name: KVStates(each.keys.cpu(), each.values.cpu()) for name, each in states.items()})
+        return host

@@ -1,0 +1,233 @@
+"""Throughput of encoding passages, against the same model's own batched forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rag_blockcache.encoder import encode_blocks
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.evaluation import page_cache
+from rag_blockcache.evaluation.environment import Environment
+from rag_blockcache.evaluation.places import scratch_folder
+from rag_blockcache.evaluation.stopwatch import Clock, Spread, in_turn, ratios
+from rag_blockcache.evaluation.token_prompts import mixed_passages, token_run
+from rag_blockcache.model import Model
+from rag_blockcache.passages import block_id
+from rag_blockcache.store import DiskStore
+
+logger = logging.getLogger(__name__)
+
+_BARE_LENGTH = 100  # tokens in a row of the bare forward pass: no padding, so it is at its best
+_BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (8, 32, 128, 256, 512)}
+_SWEEP_SHARE = 0.2  # of the tokens, for each batch size that is tried
+
+
+@dataclass(frozen=True)
+class PrefillMeasure:
+    """Throughput of encoding passages.
+
+    Attributes:
+        environment: Where this was measured.
+        repeats: Rounds, after one to warm up.
+        num_passages: Passages encoded in each round.
+        num_tokens: Their tokens.
+        shortest: Tokens of the shortest passage asked for.
+        longest: Of the longest.
+        encode: Tokens per second of ``encode_blocks``, all states kept.
+        store: Tokens per second of encoding and storing on disk, batch by batch.
+        bare: Tokens per second of the bare model's forward pass: rows of equal length, at the best of
+            several batch sizes, keeping nothing.
+        encode_share: ``encode`` as a share of ``bare``, in pairs.
+        store_share: ``store`` as a share of ``bare``, in pairs.
+        bare_by_batch: Tokens per second of the bare pass at each batch size that was tried.
+        bare_batch_size: Rows in the best of them.
+        num_bytes: Keys and values written in each round.
+        write_bytes_per_second: Over the time in which blocks were written, as the job waits for it: most
+            of it reaches the page cache, not the disk.
+        durable_bytes_per_second: The same with the time that the disk then took.
+    """
+
+    environment: Environment
+    repeats: int
+    num_passages: int
+    num_tokens: int
+    shortest: int
+    longest: int
+    encode: Spread
+    store: Spread
+    bare: Spread
+    encode_share: Spread
+    store_share: Spread
+    bare_by_batch: dict[int, float]
+    bare_batch_size: int
+    num_bytes: int
+    write_bytes_per_second: Spread
+    durable_bytes_per_second: Spread
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values, and as ``rows`` what a table of it shows."""
+        ways = {
+            "bare forward, best batch, nothing kept": (self.bare, None),
+            "encoder, states kept": (self.encode, self.encode_share),
+            "encoder and disk": (self.store, self.store_share),
+        }
+        rows = [
+            {
+                "way": way,
+                "tokens_per_second": round(rate.median),
+                "percent_of_bare": 100.0 if share is None else 100 * share.median,
+                "write_bytes": self.write_bytes_per_second.median if rate is self.store else None,
+            }
+            for way, (rate, share) in ways.items()
+        ]
+        columns = {
+            "way": "",
+            "tokens_per_second": "tokens/s",
+            "percent_of_bare": "% of bare forward",
+            "write_bytes": "written, per second",
+        }
+        found = dataclasses.asdict(self)
+        return {**found.pop("environment"), "columns": columns, "rows": rows, **found}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One round of one way."""
+
+    num_tokens: int
+    seconds: float
+    write_seconds: float = 0.0
+    sync_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.num_tokens / self.seconds
+
+
+def measure_prefill(
+    model: Model,
+    *,
+    num_tokens: int = 20000,
+    passage_tokens: tuple[int, int] = (60, 200),
+    repeats: int = 3,
+    text: str | None = None,
+    name: str | None = None,
+    directory: Path | str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> PrefillMeasure:
+    """Time the encoder over passages of mixed lengths, with and without a disk, against the bare model.
+
+    Args:
+        model: The model.
+        num_tokens: Tokens in each round.
+        passage_tokens: Bounds of the passages' lengths, which lie evenly between them.
+        repeats: Rounds in which the ways take turns, after one to warm up.
+        text: Passages are cut from it; None takes random tokens.
+        name: Of the model, for the report; None takes that in its configuration.
+        directory: Blocks are written in it while this runs; None takes a place for temporary files.
+        progress: Called with a line at each round.
+
+    Raises:
+        InvalidInputError: If the numbers do not go together, or the text is too short.
+    """
+    shortest, longest = passage_tokens
+    if repeats < 1 or not 1 <= shortest <= longest <= num_tokens or num_tokens < _BARE_LENGTH:
+        raise InvalidInputError(
+            f"needed are one repeat at least, {_BARE_LENGTH} tokens at least, and lengths from 1 up to the "
+            f"number of tokens; got {repeats}, {num_tokens} and {shortest} to {longest}"
+        )
+    tell = progress or logger.info
+    run = token_run(model, num_tokens, text)
+    passages = mixed_passages(run, shortest, longest)
+    tell("trying batch sizes of the bare forward pass")
+    by_batch = {size: _best_bare_rate(model, run, size) for size in _batch_sizes(model, num_tokens)}
+    best = max(by_batch, key=lambda size: by_batch[size])
+    ways = {
+        "bare": lambda: _bare(model, run, best),
+        "encode": lambda: _encode(model, passages),
+        "store": lambda: _encode_and_store(model, passages, directory),
+    }
+    _, times = in_turn(ways, repeats, lambda n: tell(f"round {n} of {repeats}" if n else "warming up"))
+    rates = {way: [each.rate for each in passes] for way, passes in times.items()}
+    num_bytes = num_tokens * model.kv_bytes_per_token
+    return PrefillMeasure(
+        environment=Environment.of(model, name),
+        repeats=repeats,
+        num_passages=len(passages),
+        num_tokens=num_tokens,
+        shortest=shortest,
+        longest=longest,
+        encode=Spread.of(rates["encode"]),
+        store=Spread.of(rates["store"]),
+        bare=Spread.of(rates["bare"]),
+        encode_share=ratios(rates["encode"], rates["bare"]),
+        store_share=ratios(rates["store"], rates["bare"]),
+        bare_by_batch=by_batch,
+        bare_batch_size=best,
+        num_bytes=num_bytes,
+        write_bytes_per_second=Spread.of(num_bytes / each.write_seconds for each in times["store"]),
+        durable_bytes_per_second=Spread.of(
+            num_bytes / (each.write_seconds + each.sync_seconds) for each in times["store"]
+        ),
+    )
+
+
+def _batch_sizes(model: Model, num_tokens: int) -> list[int]:
+    sizes = _BATCH_SIZES.get(model.device.type, _BATCH_SIZES["cuda"])
+    return [size for size in sizes if size * _BARE_LENGTH <= num_tokens]
+
+
+def _best_bare_rate(model: Model, run: Sequence[int], batch_size: int) -> float:
+    num_tokens = max(int(len(run) * _SWEEP_SHARE), batch_size * _BARE_LENGTH)
+    _bare(model, run[: batch_size * _BARE_LENGTH], batch_size)
+    return max(_bare(model, run[:num_tokens], batch_size).rate for _ in range(2))
+
+
+@torch.inference_mode()
+def _bare(model: Model, run: Sequence[int], batch_size: int) -> _Pass:
+    """Run the decoder as a user would who wants nothing but speed: equal rows, no cache, no logits."""
+    clock = Clock(model.device)
+    num_rows = len(run) // _BARE_LENGTH
+    rows = torch.tensor(run[: num_rows * _BARE_LENGTH]).view(num_rows, _BARE_LENGTH)
+    start = clock()
+    for batch in torch.split(rows, batch_size):
+        input_ids = batch.to(model.device)
+        model.backbone(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+    return _Pass(rows.numel(), clock() - start)
+
+
+def _encode(model: Model, passages: Sequence[Sequence[int]]) -> _Pass:
+    clock = Clock(model.device)
+    start = clock()
+    kept = [states for batch in encode_blocks(model, passages) for _, states in batch]
+    seconds = clock() - start
+    return _Pass(sum(states.num_tokens for states in kept), seconds)
+
+
+def _encode_and_store(model: Model, passages: Sequence[Sequence[int]], directory: Path | str | None) -> _Pass:
+    clock = Clock(model.device)
+    with scratch_folder(directory) as folder, DiskStore(folder) as store:
+        start, write_seconds = clock(), 0.0
+        for batch in encode_blocks(model, passages):
+            encoded = clock()
+            store.put_many(
+                # Numbered: a run of little variety could hold one passage twice, which is stored once.
+                {block_id([index, *passages[index]], fingerprint=""): states for index, states in batch}
+            )
+            write_seconds += clock() - encoded
+        seconds = clock() - start
+        page_cache.sync(page_cache.block_files(Path(folder)))
+        return _Pass(
+            num_tokens=sum(map(len, passages)),
+            seconds=seconds,
+            write_seconds=write_seconds,
+            sync_seconds=clock() - start - seconds,
+        )

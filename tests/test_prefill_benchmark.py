@@ -1,0 +1,58 @@
+"""The prefill benchmark counts the tokens that were really encoded, and compares in pairs."""
+
+import json
+
+import pytest
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.evaluation import prefill
+from rag_blockcache.evaluation.prefill import measure_prefill
+from rag_blockcache.model import Model
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tiny_tokenizer):
+    return Model(tiny_model, tiny_tokenizer)
+
+
+def test_a_measure_holds_rates_bytes_and_shares(model, tmp_path):
+    measure = measure_prefill(
+        model, num_tokens=900, passage_tokens=(20, 60), repeats=2, name="tiny", directory=tmp_path
+    )
+    assert measure.num_tokens == 900
+    assert measure.num_bytes == 900 * model.kv_bytes_per_token
+    assert measure.encode.min > 0
+    assert measure.bare_batch_size in measure.bare_by_batch
+    assert measure.bare_by_batch[measure.bare_batch_size] == max(measure.bare_by_batch.values())
+    assert measure.durable_bytes_per_second.median < measure.write_bytes_per_second.median
+    assert list(tmp_path.iterdir()) == []
+    found = json.loads(json.dumps(measure.to_json(), allow_nan=False))
+    assert {"date", "hardware", "versions", "model", "dtype", "threads"} <= set(found)
+    assert set(found["columns"]) == set(found["rows"][0])
+
+
+def test_all_passages_are_encoded_and_stored(model, monkeypatch, tmp_path):
+    stored = {}
+
+    class Store(prefill.DiskStore):
+        def put_many(self, blocks, cost_seconds=0.0):
+            stored.update(blocks)
+            return super().put_many(blocks, cost_seconds)
+
+    monkeypatch.setattr(prefill, "DiskStore", Store)
+    passages = [[1, 2, 3], [1, 2, 3], [4, 5]]  # two of them alike
+    done = prefill._encode_and_store(model, passages, tmp_path)
+    assert done.num_tokens == sum(states.num_tokens for states in stored.values()) == 8
+    assert done.seconds >= done.write_seconds > 0
+
+
+def test_the_bare_pass_takes_whole_rows_only(model):
+    assert prefill._bare(model, list(range(250)), 4).num_tokens == 200
+
+
+@pytest.mark.parametrize(
+    "options", [{"repeats": 0}, {"num_tokens": 50}, {"passage_tokens": (9, 3)}, {"passage_tokens": (0, 3)}]
+)
+def test_numbers_that_do_not_go_together_are_refused(model, options):
+    with pytest.raises(InvalidInputError, match="repeat"):
+        measure_prefill(model, **{"num_tokens": 900, "repeats": 1, **options})
