@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from contextlib import ExitStack, closing
+import shutil
+import sys
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,23 +22,25 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from small_models import cache_folder, minilm_path, smollm2_path
+from transformers.utils.logging import disable_progress_bar
 
 from rag_blockcache import BlockCache
 from rag_blockcache.answers import Answer
 from rag_blockcache.cli.progress import ProgressBar
 from rag_blockcache.cli.units import format_bytes, format_count, format_seconds
+from rag_blockcache.errors import IndexMismatchError
 from rag_blockcache.jobs.index_and_prefill import index_and_prefill
 from rag_blockcache.jobs.splitting import PassageSplitter
 from rag_blockcache.manifest import Manifest
 from rag_blockcache.retriever import Retriever
 
-NUM_WORDS = 25_000  # of the reference; prefilled in a minute or two on two cores
+NUM_WORDS = 16_500  # of the reference; prefilled in a minute or two on two cores
 QUESTIONS = {  # and how many passages each is answered from, so that the plot shows short and long prompts
     "What does the break statement do?": 2,
-    "How do I declare a global variable in a function?": 4,
-    "What is a lambda expression?": 7,
-    "What is the purpose of the with statement?": 11,
-    "How do I write an anonymous function?": 16,
+    "What does the del statement do?": 3,
+    "How do I write an anonymous function?": 6,
+    "What is the purpose of the with statement?": 9,
+    "What does the return statement do?": 13,
 }
 
 console = Console(highlight=False)
@@ -113,7 +117,7 @@ def ask(cache: BlockCache, retriever: Retriever, question: str, num_passages: in
 def show(measurements: list[Measurement], num_bytes_on_disk: int) -> None:
     """Draw the table."""
     table = Table(title="Time to the first token, over the same token ids", title_justify="left", box=SIMPLE)
-    for column in ("question", "tokens", "hits", "reused", "default", "block", "full prefill", "sooner"):
+    for column in ("#", "tokens", "hits", "reused", "default", "block", "full", "sooner"):
         table.add_column(column, justify="right", no_wrap=True)
     for number, each in enumerate(measurements, start=1):
         answer = each.reused
@@ -131,7 +135,8 @@ def show(measurements: list[Measurement], num_bytes_on_disk: int) -> None:
     console.print(table)
     policies = {each.reused.policy: each.reused.policy_reason for each in measurements}
     for policy, reason in policies.items():
-        console.print(f"default: policy {policy}, because {reason}; sooner: against full prefill")
+        console.print(f"default: policy {policy}, because {reason}")
+    console.print("full: full prefill, as without reuse")
     console.print("block: nothing computed again, as on a model that was fine-tuned for blocks")
     console.print(
         f"On disk: {format_bytes(num_bytes_on_disk)}. Each time was taken once; `make bench` takes more care."
@@ -170,6 +175,38 @@ def plot(measurements: list[Measurement], path: Path) -> None:
     console.print(f"Plot: {path}")
 
 
+def index(corpus: Path, cache: BlockCache, retriever: Retriever, directory: Path) -> None:
+    """Run the job, with a progress bar; what is there already is not done again."""
+    with closing(Manifest(directory)) as manifest, ProgressBar(Console(stderr=True)) as progress:
+        report = index_and_prefill(
+            [corpus],
+            cache=cache,
+            retriever=retriever,
+            manifest=manifest,
+            splitter=PassageSplitter(cache.tokenizer, max_tokens=256),
+            progress=progress,
+        )
+    console.print(
+        f"Prefilled {format_count(report.num_encoded_blocks, 'passage')} ({report.num_tokens:,} tokens, "
+        f"{format_bytes(report.num_bytes)}) in {format_seconds(report.seconds.get('prefill', 0.0))}; "
+        f"{format_count(report.num_unchanged_documents, 'document')} had been done before"
+    )
+
+
+def run(corpus: Path, directory: Path) -> tuple[list[Measurement], int]:
+    """Index and ask; return the measurements, and how many bytes the blocks take on disk."""
+    with (
+        BlockCache(smollm2_path(), directory) as cache,
+        closing(Retriever(directory / "index", embedder=str(minilm_path()))) as retriever,
+    ):
+        index(corpus, cache, retriever, directory)
+        # The first request of a process also measures from where on reuse pays, which is not shown here.
+        cache.generate("Are you ready?", retriever.get(list(islice(retriever, 2))), max_new_tokens=1)
+        console.print("\nSmolLM2-135M is very small: it shows how soon answers come, not how wise they are.")
+        measurements = [ask(cache, retriever, *question) for question in QUESTIONS.items()]
+        return measurements, cache.store.size_bytes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,38 +218,21 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("demo-output/ttft.png"), help="where the plot goes")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    disable_progress_bar()  # transformers draws one for every file it reads
 
     folder = (options.folder or cache_folder() / "demo").resolve()
-    write_corpus(folder / "corpus", None if options.all else NUM_WORDS)
-    console.print("Loading the models; the first time, SmolLM2 is unpacked, which takes half a minute")
-    directory = folder / "index"
-    with ExitStack() as stack:
-        cache = stack.enter_context(BlockCache(smollm2_path(), directory))
-        retriever = stack.enter_context(closing(Retriever(directory / "index", embedder=str(minilm_path()))))
-        manifest = stack.enter_context(closing(Manifest(directory)))
-        with ProgressBar(Console(stderr=True)) as progress:
-            report = index_and_prefill(
-                [folder / "corpus"],
-                cache=cache,
-                retriever=retriever,
-                manifest=manifest,
-                splitter=PassageSplitter(cache.tokenizer, max_tokens=256),
-                progress=progress,
-            )
-        seconds = report.seconds.get("prefill", 0.0)
-        console.print(
-            f"Prefilled {format_count(report.num_encoded_blocks, 'passage')} "
-            f"({report.num_tokens:,} tokens, {format_bytes(report.num_bytes)}) in {format_seconds(seconds)}; "
-            f"{report.num_unchanged_documents} documents were done already"
-        )
-        # The first request of a process also measures from where on reuse pays, which is not shown here.
-        cache.generate("Are you ready?", retriever.get(list(islice(retriever, 2))), max_new_tokens=1)
-        console.print(
-            "\nSmolLM2-135M is a very small model: it shows how soon answers come, not how wise they are."
-        )
-        measurements = [ask(cache, retriever, *question) for question in QUESTIONS.items()]
-        show(measurements, cache.store.size_bytes)
+    corpus, directory = folder / "corpus", folder / "index"
+    write_corpus(corpus, None if options.all else NUM_WORDS)
+    console.print("Loading the models (SmolLM2 is unpacked once, which takes half a minute)")
+    try:
+        measurements, num_bytes = run(corpus, directory)
+    except IndexMismatchError as error:  # from a demo of another checkout or version
+        console.print(f"Starting over: {error}", markup=False)
+        shutil.rmtree(directory)
+        measurements, num_bytes = run(corpus, directory)
+    show(measurements, num_bytes)
     plot(measurements, options.plot)
+    console.print(f'Ask more: {sys.executable} -m rag_blockcache.cli ask {directory} "..."', soft_wrap=True)
     if not all(each.reused.num_hits for each in measurements):
         raise SystemExit("a question found none of its passages prefilled; that is a bug")
 
