@@ -143,9 +143,9 @@ def test_json_holds_dataclasses_paths_and_no_nan(capsys):
 
 def test_progress_says_how_much_how_fast_how_large_and_how_long():
     progress = JobProgress("prefill", 100, 400, num_tokens=50_000, num_bytes=1_400_000_000, seconds=50)
-    assert describe(progress) == "100/400, 1,000 tokens/s, 1.4 GB, 2 min 30 s left"
-    assert describe(JobProgress("scan", 7)) == "7"
-    assert describe(JobProgress("embed", 0, 0)) == "0/0"
+    assert describe(progress) == "100/400 passages, 1,000 tokens/s, 1.4 GB, 2 min 30 s left"
+    assert describe(JobProgress("scan", 7)) == "7 documents"
+    assert describe(JobProgress("blocks", 0, 0)) == "0/0"
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then():
@@ -155,7 +155,12 @@ def test_without_a_terminal_progress_is_a_line_now_and_then():
             bar(JobProgress("embed", num_done, 100))
             bar(JobProgress("scan", num_done))
         bar(JobProgress("prefill", 0, 100))
-    assert written.getvalue().splitlines() == ["embed: 0/100", "scan: 0", "embed: 100/100", "prefill: 0/100"]
+    assert written.getvalue().splitlines() == [
+        "embed: 0/100 passages",
+        "scan: 0 documents",
+        "embed: 100/100 passages",
+        "prefill: 0/100 passages",
+    ]
 
 
 def test_on_a_terminal_progress_is_a_bar_for_each_stage():

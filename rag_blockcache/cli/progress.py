@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -12,18 +13,27 @@ from rag_blockcache.cli.units import format_bytes, format_seconds
 from rag_blockcache.jobs.progress import JobProgress
 
 _LINE_EVERY_SECONDS = 15.0
+_UNITS = {
+    "scan": "documents",
+    "split": "documents",
+    "embed": "passages",
+    "prefill": "passages",
+    "export": "files",
+    "import": "files",
+}
 
 
 def describe(progress: JobProgress) -> str:
     """Say how far a stage has come: units done, tokens per second, bytes, time left."""
     done, total = progress.num_done, progress.num_total
-    parts = [f"{done:,}" if total is None else f"{done:,}/{total:,}"]
+    unit = _UNITS.get(progress.stage, "")
+    parts = [f"{done:,} {unit}".rstrip() if total is None else f"{done:,}/{total:,} {unit}".rstrip()]
     if progress.num_tokens and progress.seconds > 0:
         parts.append(f"{progress.num_tokens / progress.seconds:,.0f} tokens/s")
     if progress.num_bytes:
         parts.append(format_bytes(progress.num_bytes))
     if total is not None and 0 < done < total:
-        parts.append(f"{format_seconds(progress.seconds * (total - done) / done)} left")
+        parts.append(f"{format_seconds(math.ceil(progress.seconds * (total - done) / done))} left")
     return ", ".join(parts)
 
 
@@ -38,7 +48,7 @@ class ProgressBar:
         self._bars = Progress(
             SpinnerColumn(finished_text="*"),
             TextColumn("{task.description:<10}", markup=False),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=console,
@@ -56,6 +66,9 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop drawing, and leave the terminal as it was."""
+        for task in self._bars.tasks:
+            if task.total is None and error is None:  # how much there is to do is known in the end
+                self._bars.update(task.id, total=task.completed)
         self._bars.stop()
 
     def __call__(self, progress: JobProgress) -> None:
