@@ -8,7 +8,9 @@ A page asks for the table of ``docs/benchmarks/NAME.json`` with a pair of commen
 What stands between them is replaced. A result file is one JSON object with ``command`` (what
 measured it), ``hardware`` and ``versions`` (objects of strings), ``rows`` (objects with the same
 keys) and, where the keys are not the best headings, ``columns`` (key to heading, which also picks
-and orders). A key that ends in ``_seconds`` or ``_bytes`` is shown in a fitting unit.
+and orders). A key that ends in ``_seconds`` or ``_bytes`` is shown in a fitting unit. A result with
+``plot`` (``x``: key of the horizontal axis, ``y``: keys to labels, ``y_label``) is drawn as
+``NAME.svg`` beside it, both axes logarithmic; a page asks for it by that name.
 
 ``--check`` writes nothing and fails when a page is not what the result files give.
 """
@@ -21,12 +23,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rag_blockcache.cli.units import format_bytes, format_seconds
+from rag_blockcache.cli.units import format_value
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/index.md", "docs/benchmarks.md")
 
-_SLOT = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
+_SLOT = re.compile(r"(<!-- generated: ([\w.-]+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
@@ -38,11 +40,14 @@ def main(arguments: list[str]) -> int:
     for page in PAGES:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
-        fresh = filled_in(text, ROOT / "docs" / "benchmarks")
+        fresh = filled_in(text, ROOT / "docs" / "benchmarks", path.parent)
         if fresh != text:
             stale.append(page)
             if "--check" not in arguments:
                 path.write_text(fresh, encoding="utf-8")
+    if "--check" not in arguments:
+        for result in sorted((ROOT / "docs" / "benchmarks").glob("*.json")):
+            plot(json.loads(result.read_text(encoding="utf-8")), result.with_suffix(".svg"))
     if "--check" in arguments and stale:
         print(
             f"{', '.join(stale)}: tables differ from docs/benchmarks/*.json; run `make docs`", file=sys.stderr
@@ -51,13 +56,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def filled_in(text: str, results: Path) -> str:
-    """Return ``text`` with every table made anew from the result files in ``results``."""
+def filled_in(text: str, results: Path, folder: Path) -> str:
+    """Return ``text`` of a page in ``folder`` with all tables and links to plots made anew from ``results``."""
 
     def fill(slot: re.Match[str]) -> str:
-        path = results / f"{slot[2]}.json"
+        path = results / f"{slot[2].removesuffix('.svg')}.json"
         if not path.is_file():
             return f"{slot[1]}Not measured yet; `make bench` does.\n{slot[4]}"
+        if slot[2].endswith(".svg"):
+            image = path.with_suffix(".svg").relative_to(folder).as_posix()
+            return f"{slot[1]}![{path.stem.replace('-', ' ')}]({image})\n{slot[4]}"
         return f"{slot[1]}{table(json.loads(path.read_text(encoding='utf-8')))}{slot[4]}"
 
     return _SLOT.sub(fill, text)
@@ -68,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     columns = result.get("columns") or {key: heading(key) for key in rows[0]}
     lines = [list(columns.values()), ["---:"] * len(columns)]
-    lines += [[shown(key, row[key]) for key in columns] for row in rows]
+    lines += [[format_value(key, row[key]) for key in columns] for row in rows]
     drawn = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     where = ", ".join(str(part) for part in result["hardware"].values())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -80,17 +88,31 @@ def heading(key: str) -> str:
     return re.sub(r"_(seconds|bytes)$", "", key).replace("_", " ")
 
 
-def shown(key: str, value: object) -> str:
-    """Format a number by the unit in its name."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if key.endswith("_seconds"):
-        return format_seconds(value)
-    if key.endswith("_bytes"):
-        return format_bytes(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw what a result says is to be drawn, the same bytes for the same numbers."""
+    if "plot" not in result:
+        return
+    import matplotlib  # for whoever makes the plots; checking the tables goes without
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "rag_blockcache", "svg.fonttype": "none"}):
+        figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+        x, rows = result["plot"]["x"], result["rows"]
+        for marker, (key, label) in zip("os^vDPX*", result["plot"]["y"].items(), strict=False):
+            axes.loglog([row[x] for row in rows], [row[key] for row in rows], marker=marker, label=label)
+        axes.set_xticks([row[x] for row in rows], [f"{row[x]:,}" for row in rows])
+        axes.minorticks_off()
+        axes.set_xlabel(result["columns"][x])
+        axes.set_ylabel(result["plot"]["y_label"])
+        axes.set_title(
+            f"{result['model']}, {result['dtype']}, {', '.join(result['hardware'].values())}", fontsize=9
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -58,4 +58,38 @@ def test_a_page_that_fell_behind_is_named(generator, project, capsys):
 
 
 def test_what_was_never_measured_says_so(generator, tmp_path):
-    assert "Not measured yet" in generator.filled_in(PAGE, tmp_path)
+    assert "Not measured yet" in generator.filled_in(PAGE, tmp_path, tmp_path)
+
+
+def test_small_ratios_keep_two_digits(generator):
+    drawn = generator.table(RESULT | {"rows": [{"times_floor": 1.0649}]})
+    assert "| 1.06 |" in drawn
+
+
+def test_a_result_with_a_plot_is_drawn_the_same_each_time(generator, project, tmp_path):
+    rows = [{"num_tokens": n, "full_seconds": n / 1e3, "memory_seconds": 0.1} for n in (512, 8000)]
+    result = RESULT | {
+        "model": "tiny",
+        "dtype": "float32",
+        "rows": rows,
+        "columns": {"num_tokens": "prompt tokens"},
+        "plot": {
+            "x": "num_tokens",
+            "y": {"full_seconds": "full prefill", "memory_seconds": "reuse"},
+            "y_label": "s",
+        },
+    }
+    (tmp_path / "docs/benchmarks/latency.json").write_text(json.dumps(result))
+    project.write_text(PAGE.replace("generated: latency", "generated: latency.svg"))
+    drawn = []
+    for _ in range(2):
+        assert generator.main([]) == 0
+        drawn.append((tmp_path / "docs/benchmarks/latency.svg").read_text())
+    assert "reuse" in drawn[0]
+    assert drawn[0] == drawn[1]
+    assert "![latency](docs/benchmarks/latency.svg)" in project.read_text()
+
+
+def test_a_check_draws_nothing(generator, project, tmp_path):
+    generator.main(["--check"])
+    assert not list(tmp_path.glob("**/*.svg"))

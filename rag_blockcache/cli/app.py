@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from rag_blockcache.cli.archive import export_index, import_index
 from rag_blockcache.cli.ask import ask
+from rag_blockcache.cli.bench import bench
 from rag_blockcache.cli.estimate import estimate
 from rag_blockcache.cli.index_and_prefill import index_and_prefill
 from rag_blockcache.cli.maintenance import gc, status, verify
@@ -126,6 +127,7 @@ _add("gc", gc, "rag-blockcache gc ./kv --dry-run")
 _add("estimate", estimate, "rag-blockcache estimate docs/ --model MODEL --out ./kv")
 _add("export", export_index, "rag-blockcache export ./kv kv.tar")
 _add("import", import_index, "rag-blockcache import kv.tar ./kv --model MODEL")
+app.add_typer(bench)
 
 
 def main() -> None:

@@ -64,3 +64,15 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not 1 <= shard <= num_shards:
         raise typer.BadParameter(f"{text!r} names no shard; i runs from 1 to n, so write 1/{num_shards}, say")
     return shard, num_shards
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Read lengths in tokens, separated by commas: ``512,1024,8000``.
+
+    Raises:
+        typer.BadParameter: If one of them is no number from 1.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{text!r} are no lengths; write numbers with commas, such as 512,2048,8000")
+    return tuple(int(word) for word in words)

@@ -41,3 +41,18 @@ def format_count(count: int, singular: str, plural: str | None = None) -> str:
 def format_share(part: float, whole: float) -> str:
     """Write a part of a whole in percent, and a dash where there is no whole."""
     return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def format_value(name: str, value: object) -> str:
+    """Format a measured value by the unit in its name: ``_seconds``, ``_bytes``, or none."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if name.endswith("_seconds"):
+        return format_seconds(value)
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:,.1f}"
