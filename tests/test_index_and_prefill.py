@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 from job_corpus import FakeCache, embed, run, run_and_die, splitter, state
+from test_documents import pdf
 
 from rag_blockcache import BlockCache
 from rag_blockcache.errors import IndexMismatchError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.jobs import indexing, prefilling
+from rag_blockcache.jobs.extraction import EXTRACTORS
 from rag_blockcache.jobs.index_lock import index_lock
 from rag_blockcache.jobs.maintenance import verify
 from rag_blockcache.manifest import Manifest
@@ -77,6 +79,35 @@ def test_a_second_run_does_nothing(corpus, out):
     assert report.num_new_documents == report.num_added_passages == report.num_encoded_blocks == 0
     assert cache.encoded == []
     assert state(out) == before
+
+
+def test_text_is_extracted_from_new_and_changed_documents_only(corpus, out, monkeypatch):
+    extracted = []
+    for suffix, extract in list(EXTRACTORS.items()):
+        monkeypatch.setitem(
+            EXTRACTORS,
+            suffix,
+            lambda data, name, extract=extract: extracted.append(Path(name).name) or extract(data, name),
+        )
+    (corpus / "page.pdf").write_bytes(pdf("A page that takes long to parse."))
+    run(out, [corpus])
+    assert sorted(extracted) == ["ada.jsonl", "bob.jsonl", "cat.jsonl", "page.pdf"]
+    extracted.clear()
+    assert run(out, [corpus]).num_unchanged_documents == 4
+    assert extracted == []
+    write(corpus / "bob.jsonl", "Bob is somebody else now.")
+    run(out, [corpus], dry_run=True)
+    assert extracted == ["bob.jsonl"]
+
+
+def test_a_shard_extracts_text_from_its_own_documents_only(corpus, out, monkeypatch):
+    extracted = []
+    extract = EXTRACTORS[".jsonl"]
+    monkeypatch.setitem(
+        EXTRACTORS, ".jsonl", lambda data, name: extracted.append(name) or extract(data, name)
+    )
+    reports = [run(out, [corpus], shard=(shard, 2)) for shard in (1, 2)]
+    assert sum(report.num_new_documents for report in reports) == len(extracted) == 3
 
 
 def test_a_shared_passage_is_encoded_once_counted_twice_and_stays_while_anyone_holds_it(corpus, out):
@@ -240,6 +271,17 @@ def test_a_document_that_cannot_be_read_any_more_keeps_its_passages(corpus, out)
     report = run(out, [corpus])
     assert (report.num_failed_documents, report.num_gone_documents) == (1, 0)
     assert "A note about everything." in passages(out)
+
+
+def test_a_line_that_cannot_be_used_is_reported_in_every_run(corpus, out):
+    (corpus / "half.jsonl").write_text('{"text": "A good line."}\n{"text": \n')
+    for _ in range(2):  # the second one does not read the file again
+        report = run(out, [corpus])
+        (failure,) = report.failures
+        assert "half.jsonl" in failure.source
+        assert failure.reason.startswith("line 2: ")
+        assert report.num_failed_documents == 1
+    assert "A good line." in passages(out)
 
 
 def test_a_passage_longer_than_the_window_is_reported_in_every_run(corpus, out):

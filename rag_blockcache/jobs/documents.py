@@ -21,6 +21,8 @@ from rag_blockcache.passages import Passage
 
 __all__ = ["Document", "PassageSplitter", "UnreadableDocument", "read_documents", "split_document"]
 
+IsWanted = Callable[[str, str], bool]
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,17 +65,22 @@ class UnreadableDocument:
 
 
 @overload
-def read_documents(paths: Iterable[Path | str]) -> Iterator[Document | UnreadableDocument]: ...
+def read_documents(
+    paths: Iterable[Path | str], *, is_wanted: IsWanted | None = None
+) -> Iterator[Document | UnreadableDocument]: ...
 
 
 @overload
 def read_documents(
-    paths: Iterable[Path | str], *, on_failure: Callable[[str, str], None]
+    paths: Iterable[Path | str], *, on_failure: Callable[[str, str], None], is_wanted: IsWanted | None = None
 ) -> Iterator[Document]: ...
 
 
 def read_documents(
-    paths: Iterable[Path | str], *, on_failure: Callable[[str, str], None] | None = None
+    paths: Iterable[Path | str],
+    *,
+    on_failure: Callable[[str, str], None] | None = None,
+    is_wanted: IsWanted | None = None,
 ) -> Iterator[Document | UnreadableDocument]:
     """Read files, and those in folders and their folders, sorted, each once.
 
@@ -84,6 +91,8 @@ def read_documents(
     Args:
         paths: Files and folders.
         on_failure: Called with path and reason of what cannot be read, which then is not yielded.
+        is_wanted: Called with id and content hash of each file before its text is extracted, which
+            for a PDF takes long; those for which it says no are passed over. None takes all.
 
     Returns:
         An iterator of documents, read one at a time, and of what could not be read. A ``.jsonl``
@@ -97,7 +106,7 @@ def read_documents(
     roots = [Path(os.path.abspath(path)) for path in paths]
     for root in roots:
         _check(root)
-    found = _read(roots)
+    found = _read(roots, is_wanted or (lambda document_id, content_hash: True))
     return found if on_failure is None else _without_failures(found, on_failure)
 
 
@@ -134,7 +143,7 @@ def _check(root: Path) -> None:
         )
 
 
-def _read(roots: Sequence[Path]) -> Iterator[Document | UnreadableDocument]:
+def _read(roots: Sequence[Path], is_wanted: IsWanted) -> Iterator[Document | UnreadableDocument]:
     seen: set[Path] = set()
     others: Counter[str] = Counter()
     for root in roots:
@@ -143,7 +152,7 @@ def _read(roots: Sequence[Path]) -> Iterator[Document | UnreadableDocument]:
                 yield found
             elif found not in seen:
                 seen.add(found)
-                yield from _documents(found)
+                yield from _documents(found, is_wanted)
     if others:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common())
         logger.info("passed over %d files of other kinds: %s", others.total(), kinds)
@@ -166,12 +175,15 @@ def _files(folder: Path, others: Counter[str]) -> Iterator[Path | UnreadableDocu
         yield UnreadableDocument(str(error.filename), f"the folder cannot be read ({error.strerror})")
 
 
-def _documents(path: Path) -> Iterator[Document | UnreadableDocument]:
-    """Read one file: a document, then what of it could not be used."""
+def _documents(path: Path, is_wanted: IsWanted) -> Iterator[Document | UnreadableDocument]:
+    """Read one file, if it is wanted: a document, then what of it could not be used."""
     name = str(path)
     try:
         name.encode()
         data = path.read_bytes()
+        content_hash = hashlib.blake2b(data, digest_size=16).hexdigest()
+        if not is_wanted(name, content_hash):
+            return
         extract = EXTRACTORS[path.suffix.lower()](data, name)
     except UnicodeEncodeError:
         printable = os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -181,7 +193,7 @@ def _documents(path: Path) -> Iterator[Document | UnreadableDocument]:
     except (InvalidInputError, MissingDependencyError) as error:
         yield UnreadableDocument(name, str(error))
     else:
-        yield Document(name, hashlib.blake2b(data, digest_size=16).hexdigest(), extract)
+        yield Document(name, content_hash, extract)
         for reason in extract.refusals:
             yield UnreadableDocument(name, reason)
 

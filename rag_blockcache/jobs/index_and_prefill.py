@@ -182,7 +182,7 @@ class _Job:
 
     def _report(self, *, num_planned: int, is_dry_run: bool) -> IndexReport:
         for document_id, reason in self.manifest.refusals():
-            self.tally.fail(document_id, reason)
+            self.tally.fail_document(document_id, reason)
         counts = self.manifest.counts()
         return self.tally.report(
             num_shared_passages=counts.num_shared_passages,

@@ -28,8 +28,8 @@ class IndexReport:
         num_changed_documents: Documents indexed again, or whose indexing had been interrupted.
         num_unchanged_documents: Documents passed over.
         num_gone_documents: Documents removed, since they are not there any more.
-        num_failed_documents: Documents that could not be read, in whole (what was indexed of them before
-            stays) or in part (the rest is indexed).
+        num_failed_documents: Documents that could not be used, in whole (what was indexed of them before
+            stays) or in part (the rest is indexed), in this run or before.
         num_added_passages: Passages embedded.
         num_removed_passages: Passages removed, since no document holds them any more.
         num_shared_passages: Passages in the index that more than one document holds.
@@ -69,6 +69,7 @@ class JobTally:
     def __init__(self, listener: ProgressCallback | None) -> None:
         self.counts: Counter[str] = Counter()
         self.failures: dict[Failure, None] = {}  # in order, each once
+        self._failed_documents: set[str] = set()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._listener = listener
 
@@ -100,10 +101,16 @@ class JobTally:
         """Note what could not be done; said twice, it counts once."""
         self.failures[Failure(source, reason)] = None
 
+    def fail_document(self, document_id: str, reason: str) -> None:
+        """Note that a document could not be used, or not all of it."""
+        self._failed_documents.add(document_id)
+        self.fail(document_id, reason)
+
     def report(self, *, num_shared_passages: int, num_pending_blocks: int, is_dry_run: bool) -> IndexReport:
         """Return the whole count."""
         return IndexReport(
             **{name: self.counts[name] for name in _COUNTED},
+            num_failed_documents=len(self._failed_documents),
             num_shared_passages=num_shared_passages,
             num_pending_blocks=num_pending_blocks,
             seconds=dict(self.seconds),
@@ -117,7 +124,6 @@ _COUNTED = (
     "num_changed_documents",
     "num_unchanged_documents",
     "num_gone_documents",
-    "num_failed_documents",
     "num_added_passages",
     "num_removed_passages",
     "num_encoded_blocks",

@@ -112,7 +112,8 @@ class Indexing:
                 self._cache.store.pop(block_id, None)
 
     def _split(self, document: Document) -> tuple[DocumentRecord, dict[str, Passage]]:
-        records, passages, refusals = [], {}, []
+        records, passages = [], {}
+        refusals = list(document.extract.refusals)  # of lines; told again when the file is not read again
         for number, passage in enumerate(split_document(document, self._splitter), 1):
             try:
                 record, named = self._named(passage)
@@ -121,7 +122,7 @@ class Indexing:
                 continue
             records.append(record)
             passages[record.passage_id] = named
-        for reason in refusals:
+        for reason in refusals[len(document.extract.refusals) :]:
             logger.warning("%s: %s", document.document_id, reason)
         found = DocumentRecord(document.document_id, document.content_hash, tuple(records), tuple(refusals))
         return found, passages

@@ -9,7 +9,7 @@ from pathlib import Path
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.jobs.documents import Document, read_documents
 from rag_blockcache.jobs.index_report import JobTally
-from rag_blockcache.manifest import Manifest, Shard, is_in_shard
+from rag_blockcache.manifest import Change, Manifest, Shard, is_in_shard
 
 
 class Scan:
@@ -28,24 +28,21 @@ class Scan:
         self._paths, self._manifest, self._shard, self._tally = paths, manifest, shard, tally
         self._failed: set[str] = set()
         self._num_seen = 0
+        self._change: Change = "new"  # of the document that was looked at last
 
     def outdated(self) -> Iterator[Document]:
-        """Yield the documents of the shard that are new or changed.
+        """Yield the documents of the shard that are new or changed; of the others, no text is extracted.
 
         Raises:
             InvalidInputError: If there is no document at all; so that a folder that is not mounted
                 does not empty an index.
         """
         self._manifest.start_scan()
-        documents = read_documents(self._paths, on_failure=self._fail)
+        documents = read_documents(self._paths, on_failure=self._fail, is_wanted=self._is_outdated)
         while (document := self._next(documents)) is not None:
-            if not is_in_shard(document.document_id, self._shard):
-                continue
-            change = self._manifest.classify(document.document_id, document.content_hash)
-            self._tally.counts[f"num_{change}_documents"] += 1
-            if change != "unchanged":
-                yield document
-        if not self._num_seen:
+            self._tally.counts[f"num_{self._change}_documents"] += 1
+            yield document
+        if not self._num_seen and not self._failed:
             raise InvalidInputError(
                 f"there is no document below {', '.join(map(str, self._paths))}; name files or folders that "
                 "hold .txt, .md, .html, .pdf or .jsonl; nothing was changed"
@@ -53,16 +50,21 @@ class Scan:
 
     def _next(self, documents: Iterator[Document]) -> Document | None:
         with self._tally.timed("scan"):
-            document = next(documents, None)
-        self._num_seen += document is not None
+            return next(documents, None)
+
+    def _is_outdated(self, document_id: str, content_hash: str) -> bool:
+        self._num_seen += 1
         self._tally.tell("scan", self._num_seen)
-        return document
+        if not is_in_shard(document_id, self._shard):
+            return False
+        self._change = self._manifest.classify(document_id, content_hash)
+        if self._change == "unchanged":
+            self._tally.counts["num_unchanged_documents"] += 1
+        return self._change != "unchanged"
 
     def _fail(self, source: str, reason: str) -> None:
-        self._num_seen += 1
         self._failed.add(source)
-        self._tally.counts["num_failed_documents"] = len(self._failed)
-        self._tally.fail(source, reason)
+        self._tally.fail_document(source, reason)
 
     def gone(self) -> list[str]:
         """Return the documents of the shard on record that were below the paths and are not any more.
