@@ -238,6 +238,19 @@ def test_an_answer_comes_with_its_sources_and_what_it_took(made):
     assert "policy block" in shown
 
 
+def test_without_reuse_no_passage_is_looked_up(made):
+    shown = run("ask", made, "Who?", "--policy", "full", "--max-new-tokens", 2).stdout
+    assert "0 tokens reused" in shown
+    assert "found prefilled" not in shown
+
+
+def test_an_answer_ends_before_a_stop_string(made):
+    whole = run_json("ask", made, "Who?", "--max-new-tokens", 12)["text"]
+    stop = whole[3:6]
+    cut = run_json("ask", made, "Who?", "--max-new-tokens", 12, "--stop", stop)
+    assert (cut["text"], cut["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
 def test_a_question_may_come_from_a_pipe(made):
     answer = run_json("ask", made, "--max-new-tokens", 2, input="Who wrote it?\n")
     assert answer["question"] == "Who wrote it?"

@@ -212,10 +212,15 @@ def describe_answer(answer: Answer) -> str:
     }
     took = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
     num_passages = answer.num_hits + answer.num_misses
+    found = (
+        f"{answer.num_hits} of {format_count(num_passages, 'passage')} found prefilled; "
+        if num_passages
+        else ""
+    )
     reason = f" ({answer.policy_reason})" if answer.policy_reason else ""
     return (
         f"first token after {format_seconds(answer.ttft_seconds)} ({took})\n"
-        f"{answer.num_hits} of {format_count(num_passages, 'passage')} found prefilled; "
-        f"{format_count(answer.num_reused_tokens, 'token')} reused, {answer.num_computed_tokens:,} computed\n"
+        f"{found}{format_count(answer.num_reused_tokens, 'token')} reused, "
+        f"{answer.num_computed_tokens:,} computed\n"
         f"{answer.decode_tokens_per_second:.1f} tokens/s; policy {answer.policy}{reason}"
     )
