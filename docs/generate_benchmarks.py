@@ -5,12 +5,13 @@ A page asks for the table of ``docs/benchmarks/NAME.json`` with a pair of commen
     <!-- generated: NAME -->
     <!-- end generated -->
 
-What stands between them is replaced. A result file is one JSON object with ``command`` (what
-measured it), ``hardware`` and ``versions`` (objects of strings), ``rows`` (objects with the same
-keys) and, where the keys are not the best headings, ``columns`` (key to heading, which also picks
-and orders). A key that ends in ``_seconds`` or ``_bytes`` is shown in a fitting unit. A result with
-``plot`` (``x``: key of the horizontal axis, ``y``: keys to labels, ``y_label``) is drawn as
-``NAME.svg`` beside it, both axes logarithmic; a page asks for it by that name.
+What stands between them is replaced. Keys after the name pick columns. A result file is one JSON
+object with ``command`` (what measured it), ``hardware`` and ``versions`` (objects of strings),
+``rows`` (objects with the same keys) and, where the keys are not the best headings, ``columns`` (key
+to heading, which also picks and orders). A key that ends in ``_seconds`` or ``_bytes`` is shown in a
+fitting unit. A result with ``plot`` (``x``: key of the horizontal axis, ``y``: keys to labels,
+``y_label``) is drawn as ``NAME.svg`` beside it, both axes logarithmic; a page asks for it by that
+name.
 
 ``--check`` writes nothing and fails when a page is not what the result files give.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from rag_blockcache.cli.units import format_value
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/index.md", "docs/benchmarks.md")
 
-_SLOT = re.compile(r"(<!-- generated: ([\w.-]+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
+_SLOT = re.compile(r"(<!-- generated: ([\w.-]+)((?: \w+)*) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
@@ -57,30 +59,38 @@ def main(arguments: list[str]) -> int:
 
 
 def filled_in(text: str, results: Path, folder: Path) -> str:
-    """Return ``text`` of a page in ``folder`` with all tables and links to plots made anew from ``results``."""
+    """Return the text of a page in ``folder``, its tables and links to plots made anew from ``results``."""
 
     def fill(slot: re.Match[str]) -> str:
         path = results / f"{slot[2].removesuffix('.svg')}.json"
         if not path.is_file():
-            return f"{slot[1]}Not measured yet; `make bench` does.\n{slot[4]}"
+            return f"{slot[1]}Not measured yet; `make bench` does.\n{slot[5]}"
         if slot[2].endswith(".svg"):
             image = path.with_suffix(".svg").relative_to(folder).as_posix()
-            return f"{slot[1]}![{path.stem.replace('-', ' ')}]({image})\n{slot[4]}"
-        return f"{slot[1]}{table(json.loads(path.read_text(encoding='utf-8')))}{slot[4]}"
+            return f"{slot[1]}![{path.stem.replace('-', ' ')}]({image})\n{slot[5]}"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return f"{slot[1]}{table(result, slot[3].split())}{slot[5]}"
 
     return _SLOT.sub(fill, text)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Draw one result as a Markdown table, and below it what was measured where, by which command."""
+def table(result: dict[str, Any], keys: Sequence[str] = ()) -> str:
+    """Draw one result as a Markdown table, and below it what was measured where, by which command.
+
+    Args:
+        result: What a benchmark measured.
+        keys: Columns to show; empty for all.
+    """
     rows = result["rows"]
     columns = result.get("columns") or {key: heading(key) for key in rows[0]}
+    columns = {key: columns[key] for key in keys or columns}
     lines = [list(columns.values()), ["---:"] * len(columns)]
     lines += [[format_value(key, row[key]) for key in columns] for row in rows]
     drawn = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     where = ", ".join(str(part) for part in result["hardware"].values())
+    what = "".join(f"{result[key]}, " for key in ("model", "dtype") if key in result)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{drawn}\n`{result['command']}` on {where}; {versions}.\n"
+    return f"{drawn}\n{what}`{result['command']}` on {where}; {versions}.\n"
 
 
 def heading(key: str) -> str:

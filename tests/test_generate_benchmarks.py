@@ -61,6 +61,12 @@ def test_what_was_never_measured_says_so(generator, tmp_path):
     assert "Not measured yet" in generator.filled_in(PAGE, tmp_path, tmp_path)
 
 
+def test_a_page_may_ask_for_some_columns_only(generator, project, tmp_path):
+    page = PAGE.replace("generated: latency", "generated: latency num_tokens speedup")
+    drawn = generator.filled_in(page, tmp_path / "docs/benchmarks", tmp_path)
+    assert "| num tokens | speedup |" in drawn
+
+
 def test_small_ratios_keep_two_digits(generator):
     drawn = generator.table(RESULT | {"rows": [{"times_floor": 1.0649}]})
     assert "| 1.06 |" in drawn

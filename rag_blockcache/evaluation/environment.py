@@ -47,13 +47,20 @@ class Environment:
             hardware=_hardware(model.device),
             versions={
                 "Python": platform.python_version(),
-                **{package: importlib.metadata.version(package) for package in _PACKAGES},
+                **{package: _version(package) for package in _PACKAGES},
             },
             model=Path(name or model.network.name_or_path or type(model.network).__name__).name,
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
         )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "uninstalled"
 
 
 def _hardware(device: torch.device) -> dict[str, str]:
