@@ -95,7 +95,29 @@ def test_a_passage_longer_than_the_window_is_reported_and_not_counted(cache, cor
     (corpus / "long.jsonl").write_text(json.dumps({"text": "long " * 1000}) + "\n")
     found = estimate([corpus], cache=cache, splitter=splitter(), tokens_per_second=10)
     assert found.num_passages == 4
-    assert "the model's window is 2,048" in found.failures[0].reason
+    assert "the model's window of 2,048" in found.failures[0].reason
+
+
+def test_documents_that_cannot_be_used_are_counted_and_reported_as_the_job_does(
+    cache, corpus, tmp_path, tiny_model, tiny_tokenizer
+):
+    (corpus / "binary.txt").write_bytes(b"\xff\xfe\xff half a \x00 text \xff")
+    (corpus / "damaged.pdf").write_bytes(b"%PDF-1.4 and no more")
+    (corpus / "gone.txt").symlink_to(corpus / "nowhere.txt")
+    (corpus / "half.jsonl").write_text('{"text": "half a character: \\ud800"}\n{"text": \n')
+    found = estimate([corpus], cache=cache, splitter=splitter(), tokens_per_second=10)
+    assert (found.num_documents, found.num_failed_documents, found.num_passages) == (4, 4, 4)
+    engine = BlockCache(tiny_model, tmp_path / "out", tokenizer=tiny_tokenizer)
+    report = run(tmp_path / "out", [corpus], cache=engine)
+    assert set(found.failures) == set(report.failures)
+    assert found.num_failed_documents == report.num_failed_documents
+    assert found.num_passages == report.num_encoded_blocks
+
+
+def test_a_corpus_of_unreadable_documents_only_is_an_error_that_says_why(cache, tmp_path):
+    (tmp_path / "damaged.pdf").write_bytes(b"%PDF-1.4 and no more")
+    with pytest.raises(InvalidInputError, match=r"damaged\.pdf: it is not a sound PDF"):
+        estimate([tmp_path], cache=cache, splitter=splitter())
 
 
 def test_progress_is_told_after_each_document(cache, corpus):

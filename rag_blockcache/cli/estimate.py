@@ -87,6 +87,7 @@ def estimate(
 def _show(found: Estimate, console: Console) -> None:
     facts = {
         "corpus": f"{format_count(found.num_documents, 'document')}, "
+        f"{found.num_failed_documents:,} unreadable, "
         f"{format_count(found.num_passages, 'passage')}, {format_count(found.num_tokens, 'token')}",
         "on disk": f"{format_bytes(found.num_bytes)}{_room(found)}",
         "prefill": f"{format_seconds(found.prefill_hours * _SECONDS_PER_HOUR)} "

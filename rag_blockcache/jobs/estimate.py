@@ -12,12 +12,15 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.index_records import PassageRecord
 from rag_blockcache.jobs.documents import PassageSplitter, read_documents, split_document
 from rag_blockcache.jobs.index_report import Failure, JobTally
+from rag_blockcache.jobs.indexing import named_passage
 from rag_blockcache.jobs.progress import ProgressCallback
 from rag_blockcache.passages import Passage
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_TOKENS = 1024  # enough to fill a batch, few enough to take seconds on a CPU
 _QUESTION = "What does this passage say, and which of the others agree with it?"
+_SHOWN = 3  # reasons in an error
 _SECONDS_PER_HOUR = 3600.0
 
 
@@ -54,6 +58,7 @@ class Estimate:
 
     Attributes:
         num_documents: Documents that can be read.
+        num_failed_documents: Documents that cannot be used, in whole or in part.
         num_passages: Passages, each counted once however many documents hold it.
         num_tokens: Their tokens.
         num_bytes: Size of their KV states on disk.
@@ -73,6 +78,7 @@ class Estimate:
     """
 
     num_documents: int
+    num_failed_documents: int
     num_passages: int
     num_tokens: int
     num_bytes: int
@@ -119,7 +125,10 @@ def estimate(
     corpus = _Corpus(cache, splitter, JobTally(progress))
     corpus.read(paths)
     if not corpus.sample:
-        raise InvalidInputError("there is no passage to be read; name files or folders with text")
+        reasons = "".join(
+            f"; {failure.source}: {failure.reason}" for failure in islice(corpus.tally.failures, _SHOWN)
+        )
+        raise InvalidInputError(f"there is no passage to be read; name files or folders with text{reasons}")
     speed = _given(tokens_per_second) if tokens_per_second else _measured(cache, corpus.sample)
     return _worked_out(corpus, speed, cache.model.kv_bytes_per_token, passages_per_question, directory)
 
@@ -128,7 +137,7 @@ class _Corpus:
     """Counts what documents hold, and keeps the first passages as a sample."""
 
     def __init__(self, cache: BlockCache, splitter: PassageSplitter, tally: JobTally) -> None:
-        self._cache, self._splitter, self._tally = cache, splitter, tally
+        self._cache, self._splitter, self.tally = cache, splitter, tally
         self._seen: set[bytes] = set()  # 16 bytes a passage are all that is remembered
         self._sample_limit = min(_SAMPLE_TOKENS, cache.model.max_length // 2)
         self._sample_tokens = 0
@@ -137,30 +146,24 @@ class _Corpus:
 
     def read(self, paths: Sequence[Path | str]) -> None:
         """Go through all documents."""
-        with self._tally.timed("scan"):
-            for document in read_documents(paths, on_failure=self._tally.fail):
+        with self.tally.timed("scan"):
+            for document in read_documents(paths, on_failure=self.tally.fail_document):
                 self.num_documents += 1
-                for passage in split_document(document, self._splitter):
-                    self._count(passage, document.document_id)
-                self._tally.tell("scan", self.num_documents, num_tokens=self.num_tokens)
+                for number, passage in enumerate(split_document(document, self._splitter), 1):
+                    try:
+                        self._count(*named_passage(self._cache, passage))
+                    except InvalidInputError as error:
+                        self.tally.fail_document(document.document_id, f"passage {number}: {error}")
+                self.tally.tell("scan", self.num_documents, num_tokens=self.num_tokens)
 
-    @property
-    def failures(self) -> tuple[Failure, ...]:
-        """What cannot be used."""
-        return tuple(self._tally.failures)
-
-    def _count(self, passage: Passage, source: str) -> None:
-        name = bytes.fromhex(passage.content_id)
+    def _count(self, record: PassageRecord, passage: Passage) -> None:
+        name = bytes.fromhex(record.passage_id)
         if name in self._seen:
             return
         self._seen.add(name)
-        num_tokens, window = len(self._cache.block(passage).token_ids), self._cache.model.max_length
-        if num_tokens >= window:
-            self._tally.fail(source, f"a passage has {num_tokens:,} tokens, the model's window is {window:,}")
-            return
         self.num_passages += 1
-        self.num_tokens += num_tokens
-        self._keep(passage, num_tokens)
+        self.num_tokens += record.num_tokens
+        self._keep(passage, record.num_tokens)
 
     def _keep(self, passage: Passage, num_tokens: int) -> None:
         """Take a passage into the sample while it has room; of those too long for it, the shortest."""
@@ -227,6 +230,7 @@ def _worked_out(
     free_bytes = None if directory is None else _free_bytes(Path(directory))
     return Estimate(
         num_documents=corpus.num_documents,
+        num_failed_documents=len(corpus.tally.failed_documents),
         num_passages=corpus.num_passages,
         num_tokens=corpus.num_tokens,
         num_bytes=num_bytes,
@@ -240,7 +244,7 @@ def _worked_out(
         break_even_bytes_per_second=bytes_per_token / saved if saved > 0 else None,
         break_even_reads_per_second=1 / (saved * passage_tokens) if saved > 0 else None,
         speed=speed,
-        failures=corpus.failures,
+        failures=tuple(corpus.tally.failures),
     )
 
 

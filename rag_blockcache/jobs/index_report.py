@@ -69,7 +69,7 @@ class JobTally:
     def __init__(self, listener: ProgressCallback | None) -> None:
         self.counts: Counter[str] = Counter()
         self.failures: dict[Failure, None] = {}  # in order, each once
-        self._failed_documents: set[str] = set()
+        self.failed_documents: set[str] = set()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._listener = listener
 
@@ -103,14 +103,14 @@ class JobTally:
 
     def fail_document(self, document_id: str, reason: str) -> None:
         """Note that a document could not be used, or not all of it."""
-        self._failed_documents.add(document_id)
+        self.failed_documents.add(document_id)
         self.fail(document_id, reason)
 
     def report(self, *, num_shared_passages: int, num_pending_blocks: int, is_dry_run: bool) -> IndexReport:
         """Return the whole count."""
         return IndexReport(
             **{name: self.counts[name] for name in _COUNTED},
-            num_failed_documents=len(self._failed_documents),
+            num_failed_documents=len(self.failed_documents),
             num_shared_passages=num_shared_passages,
             num_pending_blocks=num_pending_blocks,
             seconds=dict(self.seconds),

@@ -116,7 +116,7 @@ class Indexing:
         refusals = list(document.extract.refusals)  # of lines; told again when the file is not read again
         for number, passage in enumerate(split_document(document, self._splitter), 1):
             try:
-                record, named = self._named(passage)
+                record, named = named_passage(self._cache, passage)
             except InvalidInputError as error:
                 refusals.append(f"passage {number}: {error}")
                 continue
@@ -127,22 +127,23 @@ class Indexing:
         found = DocumentRecord(document.document_id, document.content_hash, tuple(records), tuple(refusals))
         return found, passages
 
-    def _named(self, passage: Passage) -> tuple[PassageRecord, Passage]:
-        """Give a passage its content id, and find its block.
 
-        Raises:
-            InvalidInputError: If the model or the index cannot take it.
-        """
-        _check_storable(passage)
-        block = self._cache.block(passage)
-        num_tokens, window = len(block.token_ids), self._cache.model.max_length
-        if num_tokens >= window:
-            raise InvalidInputError(
-                f"it has {num_tokens:,} tokens and leaves no room in the model's window of {window:,}; "
-                "split it into shorter passages"
-            )
-        name = passage.content_id
-        return PassageRecord(name, block.block_id, num_tokens), replace(passage, passage_id=name)
+def named_passage(cache: BlockCache, passage: Passage) -> tuple[PassageRecord, Passage]:
+    """Give a passage its content id, and find its block.
+
+    Raises:
+        InvalidInputError: If the model or the index cannot take it.
+    """
+    _check_storable(passage)
+    block = cache.block(passage)
+    num_tokens, window = len(block.token_ids), cache.model.max_length
+    if num_tokens >= window:
+        raise InvalidInputError(
+            f"it has {num_tokens:,} tokens and leaves no room in the model's window of {window:,}; "
+            "split it into shorter passages"
+        )
+    name = passage.content_id
+    return PassageRecord(name, block.block_id, num_tokens), replace(passage, passage_id=name)
 
 
 def _check_storable(passage: Passage) -> None:
