@@ -6,10 +6,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rag_blockcache.generator import Decoded, Monitor
+from rag_blockcache.generator import Decoded
 from rag_blockcache.kv_states import KVStates
+from rag_blockcache.monitor import Monitor
 from rag_blockcache.plan import Plan
 
 
@@ -28,8 +29,8 @@ class Answer:
         assemble_seconds: Re-encoding positions and placing.
         final_block_seconds: The pass over all computed slots.
         decode_tokens_per_second: After the first token; 0 if there was only one.
-        num_hits: Passages found in the store.
-        num_misses: Passages that were not, and are now.
+        num_hits: Passages found in the store; none under the policy ``full``, which looks none up.
+        num_misses: Passages that were not, and were encoded and stored.
         num_reused_tokens: Prompt tokens whose keys and values came from the store and were used as they are.
         num_computed_tokens: All other prompt tokens.
         policy: The one that was used.
@@ -165,32 +166,55 @@ class PrefillTally:
         )
 
 
+@dataclass
+class _Work:
+    """What the thread behind a stream and its reader share; the thread must not hold the stream itself."""
+
+    tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)
+    answer: Answer | None = None
+    error: BaseException | None = None
+
+    def run(self, make: Callable[[Monitor], Answer], monitor: Monitor) -> None:
+        try:
+            self.answer = make(monitor)
+        except BaseException as error:  # whatever it is, the reader is who must see it
+            self.error = error
+        finally:
+            self.tokens.put(None)
+
+    def received(self) -> Iterator[int]:
+        while (token := self.tokens.get()) is not None:
+            yield token
+        if self.error is not None:
+            raise self.error
+
+
 class AnswerStream(Iterator[str]):
     """Pieces of an answer, as they come.
 
-    Closing it, or leaving its ``with`` block, stops decoding after the current token.
+    Closing it, leaving its ``with`` block, or losing the last reference to it, stops decoding after the
+    current token.
 
     Args:
         run: Makes the answer; it is called in a thread of its own.
         pieces: Turns tokens into text.
-
-    Attributes:
-        answer: The whole answer once all pieces were read, or what there is of it after ``close``;
-            None before.
     """
 
     def __init__(
         self, run: Callable[[Monitor], Answer], pieces: Callable[[Iterator[int]], Iterator[str]]
     ) -> None:
-        self.answer: Answer | None = None
-        self._error: BaseException | None = None
-        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._monitor = Monitor(self._tokens.put)
-        self._pieces = pieces(self._received())
+        self._work = _Work()
+        self._monitor = Monitor(self._work.tokens.put)
+        self._pieces = pieces(self._work.received())
         self._thread = threading.Thread(
-            target=self._work, args=(run,), daemon=True, name="rag-blockcache-answer"
+            target=self._work.run, args=(run, self._monitor), daemon=True, name="rag-blockcache-answer"
         )
         self._thread.start()
+
+    @property
+    def answer(self) -> Answer | None:
+        """The whole answer once all pieces were read, or what there is of it after ``close``; None before."""
+        return self._work.answer
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -208,18 +232,3 @@ class AnswerStream(Iterator[str]):
         """Stop decoding; what was generated so far is in ``answer``."""
         self._monitor.cancelled.set()
         self._thread.join()
-
-    def _work(self, run: Callable[[Monitor], Answer]) -> None:
-        try:
-            self.answer = run(self._monitor)
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._tokens.put(None)
-
-    def _received(self) -> Iterator[int]:
-        while (token := self._tokens.get()) is not None:
-            yield token
-        self._thread.join()
-        if self._error is not None:
-            raise self._error

@@ -57,7 +57,12 @@ class Context(Cache):
         self.starts = [self.length - length for length in lengths]
         self._slots: Tensor | slice = slice(0, 0)
         self._end = 0
+        self._lock = model.lock
         self._runs = list(_allocate(model, len(lengths), self.length + room))
+        for run in self._runs:
+            for row, start in enumerate(self.starts):  # hidden by masks, but no mask hides a NaN
+                run.keys[:, row, :, :start] = 0
+                run.values[:, row, :, :start] = 0
         self._context_layers = [
             _ContextLayer(self, run.keys[i], run.values[i])
             for run in self._runs
@@ -82,7 +87,8 @@ class Context(Cache):
         for run in self._runs:
             known = (run.layer.rotary, run.keys.device)
             if known not in angles:
-                angles[known] = _angles(run.layer, reach, total_length)
+                with self._lock:  # some rotary modules change with the length that they are shown
+                    angles[known] = _angles(run.layer, reach, total_length)
             for placed in placements:
                 _place(run, row, self.starts[row], placed, angles[known])
 
@@ -112,8 +118,12 @@ class Context(Cache):
         return self._end, 0
 
     def crop(self, max_length: int) -> None:
-        """Forget the slots from ``max_length`` on (assisted decoding takes back rejected tokens)."""
-        self.length = self.length + max_length if max_length < 0 else min(self.length, max_length)
+        """Forget the last slots, as assisted decoding asks for when it takes back rejected tokens.
+
+        Args:
+            max_length: As a negative number, how many to forget; 0 for none. Otherwise, how many to keep.
+        """
+        self.length = self.length + max_length if max_length <= 0 else min(self.length, max_length)
         self._slots = slice(self.length, self.length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -27,9 +27,11 @@ from rag_blockcache.block_source import BlockSource
 from rag_blockcache.break_even import BreakEven
 from rag_blockcache.chat_template import Message
 from rag_blockcache.errors import ContextTooLongError, InvalidInputError
-from rag_blockcache.generator import Monitor, check_options, decode, prefill
+from rag_blockcache.generation_options import check_options, setting, stop_strings
+from rag_blockcache.generator import decode, prefill
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.loading import load_model
+from rag_blockcache.monitor import Monitor
 from rag_blockcache.passage_format import PassageFormat
 from rag_blockcache.passages import Block, Passage, as_passages
 from rag_blockcache.plan import Plan
@@ -37,7 +39,7 @@ from rag_blockcache.prompt import Prompt, Segment
 from rag_blockcache.reuse import FULL, choose_policy, parse_policy
 from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
-from rag_blockcache.text_stream import cut_at_stop, stop_strings, text_pieces
+from rag_blockcache.text_stream import cut_at_stop, text_pieces
 
 _GROUP = 1024  # passages whose tokens are looked at together, so that rows of a batch are alike in length
 
@@ -92,14 +94,16 @@ class BlockCache:
         memory_budget_bytes: int | None = 4 * 2**30,
         salt: str = "",
     ) -> None:
-        disk = None
-        if directory is not None:
-            disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
-        self.store = TieredStore(MemoryStore(memory_budget_bytes), disk)
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
         check_reuse(self.model)
         self.tokenizer = self.model.tokenizer
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
+        disk = None
+        if (
+            directory is not None
+        ):  # last, so that nothing is left open, nor made, where something else is wrong
+            disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
+        self.store = TieredStore(MemoryStore(memory_budget_bytes), disk)
         named = json.dumps([self.model.fingerprint, salt])
         self.fingerprint = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
         self._blocks = BlockSource(
@@ -160,7 +164,7 @@ class BlockCache:
             progress: Called after each batch.
 
         Raises:
-            ContextTooLongError: If a passage does not fit the context window; blocks before it are stored.
+            ContextTooLongError: If a passage does not fit the context window; what was stored by then stays.
             OutOfSpaceError: If the disk is full; what was stored stays.
         """
         if isinstance(passages, str | Passage):
@@ -226,7 +230,7 @@ class BlockCache:
                 encoded or stored by then.
         """
         start = time.perf_counter()
-        _check_request(max_new_tokens, options)
+        self._check_request(max_new_tokens, options)
         chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
         plan = self._plan(question, passages, policy, chat, max_new_tokens, start)
         return self._answer([plan], max_new_tokens, options, Monitor())[0]
@@ -250,14 +254,14 @@ class BlockCache:
             decoding.
         """
         start = time.perf_counter()
-        _check_request(max_new_tokens, options)
-        if options.get("num_beams", 1) != 1:
+        self._check_request(max_new_tokens, options)
+        if (setting(self.model, options, "num_beams") or 1) > 1:
             raise InvalidInputError(
                 "beam search cannot be streamed, its best beam is known at the end; use generate"
             )
         chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
         plan = self._plan(question, passages, policy, chat, max_new_tokens, start)
-        stops = stop_strings(options)
+        stops = stop_strings(self.model, options)
         return AnswerStream(
             lambda monitor: self._answer([plan], max_new_tokens, options, monitor)[0],
             lambda tokens: text_pieces(self.model, tokens, stops),
@@ -283,11 +287,12 @@ class BlockCache:
             An answer a request, in their order; times to first token are those of the whole batch.
         """
         start = time.perf_counter()
-        _check_request(max_new_tokens, options)
-        plans = [
-            self._plan(question, passages, policy, {}, max_new_tokens, start)
-            for question, passages in requests
-        ]
+        self._check_request(max_new_tokens, options)
+        requests = [(question, as_passages(passages)) for question, passages in requests]
+        plans = [self._plan(*request, policy, {}, max_new_tokens, start) for request in requests]
+        longest = max((plan.num_tokens for plan in plans), default=0)
+        if len({plan.regime for plan in plans}) > 1:  # the model turns all rows by the angles of the longest
+            plans = [self._plan(*r, policy, {}, max_new_tokens, start, beside=longest) for r in requests]
         return self._answer(plans, max_new_tokens, options, Monitor()) if plans else []
 
     def first_logits(
@@ -346,6 +351,7 @@ class BlockCache:
         max_new_tokens: int,
         start: float,
         continuation: Sequence[int] = (),
+        beside: int = 0,  # tokens of a longer prompt in the same batch
     ) -> Plan:
         """Decide what is placed and what is computed; raise what is wrong with a request before any work."""
         segments = self.prompt.segments(question, as_passages(passages), **chat)
@@ -361,7 +367,7 @@ class BlockCache:
         chosen, reason = parse_policy(policy), ""
         if chosen is None:
             chosen, reason = choose_policy(self.model.is_block_fine_tuned)
-        regime = self.model.regime(total)
+        regime = self.model.regime(max(total, beside))
         if regime is None and not chosen.is_full:
             chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"
         plan = Plan(segments, chosen, reason, regime or "", is_auto=policy == "auto", start=start)
@@ -383,6 +389,7 @@ class BlockCache:
         states = self._blocks.load(plan)
         if plan.is_auto and not self._break_even.pays(plan.num_placed):
             plan.policy, plan.policy_reason = FULL, "so few tokens are computed sooner than reused"
+            plan.blocks.clear()
             return {}
         return states | self._blocks.encode_missing(plan)
 
@@ -395,7 +402,7 @@ class BlockCache:
         lengths = [plan.num_tokens for plan in plans]
         context = Context(self.model, lengths, room=room, scratch=int(len(plans) > 1))
         for row, (plan, loaded) in enumerate(zip(plans, states, strict=True)):
-            context.place(row, plan.placements(loaded), plan.num_tokens)
+            context.place(row, plan.placements(loaded), max(lengths))
         assembled = time.perf_counter()
         logits = prefill(self.model, context, [plan.computed() for plan in plans], num_logits=num_logits)
         for plan in plans:
@@ -416,14 +423,15 @@ class BlockCache:
             monitor=monitor,
             options=options,
         )
-        stops = stop_strings(options)
+        stops = stop_strings(self.model, options)
         texts = [cut_at_stop(self.model.text(row.token_ids), stops) for row in decoded]
         return [
             finished(plan, row, text, monitor) for plan, row, text in zip(plans, decoded, texts, strict=True)
         ]
 
-
-def _check_request(max_new_tokens: int, options: Mapping[str, Any]) -> None:
-    if max_new_tokens < 1:
-        raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
-    check_options(options)
+    def _check_request(self, max_new_tokens: int, options: Mapping[str, Any]) -> None:
+        """Raise what is wrong with the options of a request before any work."""
+        if max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
+        check_options(options)
+        stop_strings(self.model, options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -44,7 +46,9 @@ class BreakEven:
         return num_reused > 0 and num_reused >= self.num_tokens
 
     def _measure(self) -> float:
-        long = min(_LONG.get(self._model.device.type, 512), self._model.max_length - _SHORT)
+        long = min(_LONG.get(self._model.device.type, 512), self._model.max_length)
+        if long <= _SHORT:  # a window too short to measure anything in
+            return float("inf")
         saved = (self._prefill_seconds(long) - self._prefill_seconds(_SHORT)) / (long - _SHORT)
         fixed, each = self._placing_seconds(long)
         return float("inf") if saved <= each else (fixed + _LOOKUP_SECONDS) / (saved - each)
@@ -64,13 +68,13 @@ class BreakEven:
         [[(_, states)]] = encode_blocks(self._model, [token_ids])
         context = Context(self._model, [num_tokens])
         short, long = (
-            min(self._timed(lambda s=part: context.place(0, [Placement(s, 0)], num_tokens)) for _ in range(3))
+            min(self._timed(partial(context.place, 0, [Placement(part, 0)], num_tokens)) for _ in range(3))
             for part in (states.prefix(_SHORT), states)
         )
         each = max(long - short, 0.0) / (num_tokens - _SHORT)
         return short, each
 
-    def _timed(self, run) -> float:  # type: ignore[no-untyped-def]
+    def _timed(self, run: Callable[[], object]) -> float:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         start = time.perf_counter()

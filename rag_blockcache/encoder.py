@@ -85,7 +85,7 @@ def _encode_batch(
         positions[-1] = shown  # one more token at the end of each row shows the regime to the rotary module
     total_length = int(positions.max()) + 1
     states = _Recorder(model, len(blocks), positions.to(model.device), total_length, conditioned_on)
-    with model.lock:
+    with model.inference():
         model.backbone(
             input_ids=token_ids.to(model.device),
             position_ids=positions.expand(len(blocks), -1).to(model.device),
@@ -142,7 +142,7 @@ class _Recorder(Cache):
         )
 
     def _angles_of(self, rotary: Any, positions: Tensor, dtype: torch.dtype) -> Angles:
-        key = (rotary, len(positions), dtype, positions.device)
+        key = (rotary, int(positions[0]), len(positions), dtype, positions.device)
         if key not in self._angles:
             self._angles[key] = rotary.angles(positions, total_length=self._total_length, dtype=dtype)
         return self._angles[key]

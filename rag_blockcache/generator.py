@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rag_blockcache.assembler import Context
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.generation_options import FIXED, setting, stop_strings
 from rag_blockcache.model import Model
-
-_OURS = ("max_new_tokens", "use_cache", "cache_implementation", "past_key_values", "return_dict_in_generate")
+from rag_blockcache.monitor import Monitor, StopStrings
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,8 @@ def prefill(model: Model, context: Context, rows: Sequence[Computed], *, num_log
     width = max(len(row.positions) for row in rows)
     token_ids = torch.zeros((len(rows), width), dtype=torch.long)
     positions, slots = torch.zeros_like(token_ids), torch.zeros_like(token_ids)
-    for index, row in enumerate(
-        rows
-    ):  # a shorter row is filled up in front, with tokens that no one attends to
-        fill = width - len(row.positions)
+    for index, row in enumerate(rows):
+        fill = width - len(row.positions)  # in front, with tokens that no one attends to
         token_ids[index, fill:], positions[index, fill:] = row.token_ids, row.positions
         slots[index, fill:] = row.positions + context.starts[index]
     context.begin(slots, end)
@@ -79,7 +74,7 @@ def prefill(model: Model, context: Context, rows: Sequence[Computed], *, num_log
 def _forward(
     model: Model, context: Context, token_ids: Tensor, positions: Tensor, mask: Any, num_logits: int
 ) -> Tensor:
-    with model.lock:
+    with model.inference():
         output = model.network(
             input_ids=token_ids.to(model.device),
             position_ids=positions.to(model.device),
@@ -104,55 +99,6 @@ class Decoded:
     finish_reason: str
 
 
-class Monitor(StoppingCriteria):
-    """Sees every step of ``generate()``: keeps the clock, reports tokens of the first row, can end it.
-
-    Attributes:
-        cancelled: Set it, from any thread, and decoding stops after the current token.
-        first_token_time: ``time.perf_counter()`` when the first token was chosen; None before.
-        last_token_time: Likewise of the latest.
-        prompt_width: Tokens in front of the first new one.
-        num_tokens: New tokens so far, in a row.
-    """
-
-    def __init__(self, on_token: Callable[[int], None] | None = None) -> None:
-        self.cancelled = threading.Event()
-        self.first_token_time: float | None = None
-        self.last_token_time: float | None = None
-        self.prompt_width = 0
-        self.num_tokens = 0
-        self._on_token = on_token
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Take note of one step; called by transformers after each."""
-        self.last_token_time = time.perf_counter()
-        if self.first_token_time is None:
-            self.first_token_time = self.last_token_time
-        known = self.prompt_width + self.num_tokens
-        self.num_tokens = input_ids.shape[1] - self.prompt_width
-        if self._on_token is not None:
-            for token in input_ids[0, known:].tolist():
-                self._on_token(token)
-        return torch.full((len(input_ids),), self.cancelled.is_set(), device=input_ids.device)
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse generation options that transformers' ``generate()`` would not know, and those that are ours.
-
-    Raises:
-        InvalidInputError: If an option is unknown or cannot be chosen here.
-    """
-    known = set(GenerationConfig().to_dict())  # type: ignore[no-untyped-call]
-    known |= set(inspect.signature(GenerationMixin.generate).parameters)
-    for name in options:
-        if name in _OURS or name in ("self", "inputs", "kwargs", "custom_generate", "negative_prompt_ids"):
-            raise InvalidInputError(f"generation option {name!r} cannot be set here; the engine chooses it")
-        if name not in known:
-            raise InvalidInputError(
-                f"generation option {name!r} is unknown; see transformers.GenerationConfig"
-            )
-
-
 @torch.inference_mode()
 def decode(
     model: Model,
@@ -175,39 +121,51 @@ def decode(
         monitor: Keeps the clock; see there.
         options: Further arguments of ``generate()``: sampling, processors, stop strings, criteria, streamer.
     """
-    config = model.network.generation_config
-    eos = options.get("eos_token_id", config.eos_token_id)
+    eos = setting(model, options, "eos_token_id")
     ends = set(eos if isinstance(eos, list | tuple) else [eos]) - {None}
-    pad = next(
-        (token for token in (config.pad_token_id, model.tokenizer.pad_token_id, *ends) if token is not None),
-        0,
-    )
-    input_ids = torch.full((len(prompts), context.length), pad)
+    pads = (setting(model, options, "pad_token_id"), model.tokenizer.pad_token_id, *ends, 0)
+    pad = next(token for token in pads if token is not None)
+    width = context.length
+    input_ids = torch.empty((len(prompts), width), dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        input_ids[row, context.length - len(prompt) :] = torch.tensor(prompt)
-    chosen = {"pad_token_id": pad, **options}
-    if chosen.get("stop_strings"):
-        chosen["tokenizer"] = model.tokenizer
-    monitor.prompt_width = width = context.length
-    criteria = StoppingCriteriaList([*(chosen.pop("stopping_criteria", None) or []), monitor])
-    sequences = _Decoder(model, context, first_logits).generate(
-        input_ids.to(model.device),
-        attention_mask=context.visible(width, model.device).long(),
-        past_key_values=context,
-        max_new_tokens=max_new_tokens,
-        stopping_criteria=criteria,
-        **chosen,
-    )
-    return [_trim(row[width:].tolist(), ends, max_new_tokens, monitor) for row in sequences]
+        # Filled up with a token of its own, because logits processors count what they find.
+        filled = [*[prompt[0]] * (width - len(prompt)), *prompt]
+        input_ids[row] = torch.tensor(filled)
+    chosen = {"pad_token_id": pad, **options, **FIXED, "stop_strings": None}
+    stops = stop_strings(model, options)
+    monitor.prompt_width = width
+    monitor.criteria = StoppingCriteriaList(chosen.pop("stopping_criteria", None) or [])
+    if stops:
+        monitor.criteria.append(StopStrings(model, stops, width))
+    try:
+        sequences = _Decoder(model, context, first_logits).generate(
+            input_ids.to(model.device),
+            attention_mask=context.visible(width, model.device).long(),
+            past_key_values=context,
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList([monitor]),
+            **chosen,
+        )
+    except ValueError as error:
+        raise InvalidInputError(f"generate() of transformers refuses these options: {error}") from error
+    if (setting(model, options, "num_beams") or 1) > 1:
+        monitor.ended.clear()  # rows were beams
+    rows = [row[width:].tolist() for row in sequences]
+    return [_trim(row, ends, max_new_tokens, monitor, monitor.ended.get(i)) for i, row in enumerate(rows)]
 
 
-def _trim(token_ids: list[int], ends: set[int], max_new_tokens: int, monitor: Monitor) -> Decoded:
+def _trim(
+    token_ids: list[int], ends: set[int], max_new_tokens: int, monitor: Monitor, num_tokens: int | None
+) -> Decoded:
+    """Take off what fills a finished row, and say why it is finished."""
+    token_ids = token_ids[:num_tokens]
     for index, token in enumerate(token_ids):
         if token in ends:
             return Decoded(token_ids[: index + 1], "stop")
-    if monitor.cancelled.is_set():
-        return Decoded(token_ids, "cancelled")
-    return Decoded(token_ids, "length" if len(token_ids) >= max_new_tokens else "stop")
+    if num_tokens is None and len(token_ids) >= max_new_tokens:
+        return Decoded(token_ids, "length")
+    is_cancelled = num_tokens is None and monitor.cancelled.is_set()
+    return Decoded(token_ids, "cancelled" if is_cancelled else "stop")
 
 
 class _Decoder(GenerationMixin):
@@ -253,22 +211,27 @@ class _Decoder(GenerationMixin):
                 self._first_logits.repeat_interleave(len(input_ids) // len(self._first_logits), dim=0)
             )
             self._has_started = True
-        new = input_ids[:, context.length :]
-        if new.shape[1]:
-            logits.append(self._step(new))
+        if input_ids.shape[1] > context.length:
+            logits.append(self._step(input_ids))
         return CausalLMOutputWithPast(logits=torch.cat(logits, dim=1), past_key_values=context)
 
     __call__ = forward
 
-    def _step(self, token_ids: Tensor) -> Tensor:
-        context, start = self._context, self._context.length
-        context.length = end = start + token_ids.shape[1]
+    def _step(self, input_ids: Tensor) -> Tensor:
+        """Compute the tokens behind the context, and return their logits."""
+        model, context, end = self._model, self._context, input_ids.shape[1]
+        num_new = end - context.length
+        first = min(context.starts)  # of the longest prompt
+        if model.regime(end - first) == "long" != model.regime(context.length - first):
+            context.length = 0  # from here on the model turns all keys by other angles: compute them again
+        start, context.length = context.length, end
         context.begin(slice(start, end), end)
-        slots = torch.arange(start, end, device=token_ids.device)
-        positions = slots - torch.tensor(context.starts, device=token_ids.device)[:, None]
+        slots = torch.arange(start, end, device=input_ids.device)
+        positions = slots - torch.tensor(context.starts, device=input_ids.device)[:, None]
+        token_ids, positions = input_ids[:, start:], positions.clamp(min=0)
         if not any(context.starts):
-            return _forward(self._model, context, token_ids, positions, None, token_ids.shape[1])
-        with self._model.dense_masks():
-            visible = context.visible(end, token_ids.device)
-            mask = self._model.mask(slots.expand(len(token_ids), -1), visible)
-            return _forward(self._model, context, token_ids, positions, mask, token_ids.shape[1])
+            return _forward(model, context, token_ids, positions, None, num_new)
+        with model.dense_masks():
+            visible = context.visible(end, input_ids.device)
+            mask = model.mask(slots.expand(len(token_ids), -1), visible)
+            return _forward(model, context, token_ids, positions, mask, num_new)

@@ -106,6 +106,10 @@ def find_layers(network: PreTrainedModel) -> tuple[Layer, ...]:
         UnsupportedModelError: If blocks of this model could not be reused exactly; the message says why.
     """
     name, config = type(network).__name__, network.config.get_text_config(decoder=True)
+    if network.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise UnsupportedModelError(
+            f"{name} has no head that makes logits; load it as a causal language model (AutoModelForCausalLM)"
+        )
     kept = _kept_by_layer(name, config)
     sources = list(_rotary_sources(network))
     if not sources:
@@ -121,7 +125,9 @@ def find_layers(network: PreTrainedModel) -> tuple[Layer, ...]:
     layers = []
     for index, (layer_type, window) in enumerate(kept):
         keys = tap.keys[index]
-        rotary = _rotary_of_layer(keys, near, far, sources, f"layer {index} of {name}")
+        where = f"layer {index} of {name}"
+        _check_values(tap.values[index], where)
+        rotary = _rotary_of_layer(keys, near, far, sources, where)
         layers.append(Layer(layer_type, window, rotary, keys.device, keys.shape[1], keys.shape[3]))
     if all(layer.rotary is None for layer in layers):
         raise UnsupportedModelError(
@@ -191,6 +197,16 @@ def _check_shapes(tap: _Tap, num_layers: int, name: str) -> None:
         )
 
 
+def _check_values(values: Tensor, where: str) -> None:
+    """Refuse a layer whose values differ between two places of one block."""
+    difference = _distance(values[0].float(), values[1].float())
+    if not difference <= _TOLERANCE.get(values.dtype, 0.1):
+        raise UnsupportedModelError(
+            f"{where} puts positions into its values: those of the same block at two places differ by "
+            f"{difference:.2g}; such blocks cannot be moved"
+        )
+
+
 def _rotary_sources(network: nn.Module) -> Iterator[Rotary]:
     """Yield every way in which a model could turn its keys."""
     for module in network.modules():
@@ -218,10 +234,13 @@ def _rotary_of_layer(
     total_length = int(far[-1]) + 1
     errors: list[tuple[float, Rotary | None]] = [(_distance(keys[0].float(), keys[1].float()), None)]
     for rotary in sources:
-        angles = [
-            rotary.angles(at.to(keys.device), total_length=total_length, dtype=keys.dtype)
-            for at in (near, far)
-        ]
+        try:
+            angles = [
+                rotary.angles(at.to(keys.device), total_length=total_length, dtype=keys.dtype)
+                for at in (near, far)
+            ]
+        except (TypeError, ValueError, IndexError, RuntimeError):
+            continue  # not of the text decoder: it takes other arguments (the vision part of a model, say)
         if 2 * angles[0].cos.shape[-1] <= keys.shape[-1]:
             turned = (
                 unrotate_keys(row.float(), angle, interleaved=rotary.interleaved)

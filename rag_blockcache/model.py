@@ -29,7 +29,8 @@ _NOT_OF_THE_STATES = {
 class Model:
     """A causal language model of transformers.
 
-    It is used as it is: never copied, never patched. Its weights must not change while it is in use.
+    It is used as it is: never copied, never patched. Its weights must not change while it is in use. A model
+    in training mode is in evaluation mode during forward passes, and in training mode again after them.
 
     Args:
         network: A causal language model with rotary positions.
@@ -46,14 +47,15 @@ class Model:
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.network: PreTrainedModel = network.eval()  # type: ignore[no-untyped-call]
+        self.network = network
         self.tokenizer = tokenizer
         self.config = network.config.get_text_config(decoder=True)
         self.lock = threading.RLock()
         weight = cast(Tensor, network.get_input_embeddings().weight)
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
-        self.layers = find_layers(network)
+        with self.inference():
+            self.layers = find_layers(network)
         self._regime_bound, self._regime_kind = _regime_of(self.config)
         self.fingerprint = _fingerprint(self)
 
@@ -92,9 +94,14 @@ class Model:
         """Bytes of keys and values of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def text(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of tokens; special ones are left out, or shown on demand."""
+        # Cleaning up would change text that was streamed already.
+        return str(
+            self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+            )
+        )
 
     @property
     def is_block_fine_tuned(self) -> bool:
@@ -111,8 +118,9 @@ class Model:
 
         Returns:
             ``""`` for the usual one, ``"long"`` for the second set of longrope (blocks are encoded anew
-            for it), and None where the frequencies change with every length, as under dynamic NTK beyond
-            the original window: no stored block is exact there, and the prompt is prefilled in full.
+            for it), and None where they change with every length, as under dynamic NTK beyond the original
+            window, or attention depends on positions otherwise: no stored block is exact there, and the
+            prompt is prefilled in full.
         """
         if self._regime_bound is None or total_length <= self._regime_bound:
             return ""
@@ -121,6 +129,19 @@ class Model:
     def regime_position(self, regime: str) -> int | None:
         """Return a position that shows ``regime`` to the model when it stands in a batch; None if usual."""
         return self._regime_bound if regime == "long" else None
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Hold the lock and switch dropout off, inside this block only."""
+        with self.lock:
+            training = [m for m in self.network.modules() if m.training] if self.network.training else []
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
 
     @contextlib.contextmanager
     def dense_masks(self) -> Iterator[None]:
@@ -176,6 +197,8 @@ def _regime_of(config: Any) -> tuple[int | None, str]:
         kind = rope.get("rope_type", "default")
         if kind == "longrope":
             return int(rope["original_max_position_embeddings"]), kind
+        if rope.get("llama_4_scaling_beta"):  # queries grow with their position beyond this one (Ministral 3)
+            return int(rope["original_max_position_embeddings"]), kind
         if "dynamic" in kind:
             return int(config.max_position_embeddings), kind
     return None, ""
@@ -184,15 +207,31 @@ def _regime_of(config: Any) -> tuple[int | None, str]:
 def _fingerprint(model: Model) -> str:
     """Hash everything that KV states depend on beside the tokens."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_STATES}
-    adapters = {name: value.to_dict() for name, value in getattr(model.network, "peft_config", {}).items()}
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    vocabulary = sorted(model.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    described = [FORMAT_VERSION, str(model.dtype), config, adapters, vocabulary]
+    described = [FORMAT_VERSION, str(model.dtype), config, _adapters(model.network), _tokenization(model)]
     digest = xxhash.xxh3_128(json.dumps(described, sort_keys=True, default=_as_json).encode())
     for name, weight in model.network.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _adapters(network: PreTrainedModel) -> list[Any]:
+    """Return the adapters of a model, and which of them are in use where."""
+    configs = {name: value.to_dict() for name, value in getattr(network, "peft_config", {}).items()}
+    uses = [
+        [name, list(module.active_adapters), bool(module.disable_adapters), list(module.merged_adapters)]
+        for name, module in network.named_modules()
+        if hasattr(module, "merged_adapters")
+    ]
+    return [configs, uses]
+
+
+def _tokenization(model: Model) -> Any:
+    """Return what tokens depend on; truncation and padding are settings of the last call, not of these."""
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return sorted(model.tokenizer.get_vocab().items())
+    return {**json.loads(backend.to_str()), "truncation": None, "padding": None}
 
 
 def _as_json(value: Any) -> Any:

@@ -153,7 +153,7 @@ class Prompt:
         for token in self._encoder.control:
             if token in written:
                 raise InvalidInputError(
-                    f"{token!r} is a control token of this model, and stands in a tool, a role or a tool call; "
+                    f"{token!r} is a control token of this model, and stands in a tool, a role or a call; "
                     "remove it there"
                 )
 

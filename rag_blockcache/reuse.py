@@ -62,10 +62,12 @@ def parse_policy(name: str) -> Policy | None:
     Raises:
         InvalidInputError: If there is no such policy.
     """
-    named = {"full": FULL, "block": BLOCK, "auto": None}
-    if name in named:
-        return named[name]
-    linked = re.fullmatch(r"link-(\d+)", name) if isinstance(name, str) else None
+    if name == "auto":
+        return None
+    for policy in (FULL, BLOCK):
+        if name == policy.name:
+            return policy
+    linked = re.fullmatch(r"link-(\d+)", name, re.ASCII) if isinstance(name, str) else None
     if linked is None:
         raise InvalidInputError(
             f"policy {name!r} is unknown; use 'auto', 'full', 'block' or 'link-<k>' (say, 'link-16')"

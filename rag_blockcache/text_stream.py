@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rag_blockcache.model import Model
 
@@ -45,9 +44,3 @@ def _held_back(text: str, stop_strings: Sequence[str]) -> int:
         ),
         0,
     )
-
-
-def stop_strings(options: Mapping[str, Any]) -> list[str]:
-    """Return the stop strings among generation options, however they were written."""
-    stops = options.get("stop_strings") or []
-    return [stops] if isinstance(stops, str) else list(stops)
