@@ -211,6 +211,14 @@ def test_an_error_of_the_system_is_one_sentence_too():
     assert full.stderr.startswith("error: no space left on the disk; free some and run the same")
 
 
+def test_a_library_that_is_missing_is_named():
+    missing = ModuleNotFoundError("No module named 'peft'", name="peft")
+    result = CliRunner().invoke(failing_app(missing), ["gc"])
+    assert (
+        result.stderr == "error: this needs the library peft, which is not installed; run: pip install peft\n"
+    )
+
+
 def test_debug_shows_the_traceback():
     result = CliRunner().invoke(failing_app(ModelNotFoundError("no model")), ["--debug", "gc"])
     assert isinstance(result.exception, ModelNotFoundError)

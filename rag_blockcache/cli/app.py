@@ -42,15 +42,19 @@ class _Commands(TyperGroup):
             raise typer.Exit(_EXIT_INTERRUPTED) from None
         except BrokenPipeError:  # whoever read our output has gone; typer ends quietly
             raise
-        except (RagBlockCacheError, OSError) as error:
+        except (RagBlockCacheError, OSError, ModuleNotFoundError) as error:
             if ctx.params.get("debug"):
                 raise
             print_error(_sentence(error))
             raise typer.Exit(_EXIT_BAD_INPUT) from error
 
 
-def _sentence(error: RagBlockCacheError | OSError) -> str:
-    if isinstance(error, RagBlockCacheError) or error.strerror is None:
+def _sentence(error: RagBlockCacheError | OSError | ModuleNotFoundError) -> str:
+    if isinstance(error, RagBlockCacheError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):  # an adapter needs peft, say
+        return f"this needs the library {error.name}, which is not installed; run: pip install {error.name}"
+    if error.strerror is None:
         return str(error)
     place = f" for {error.filename}" if error.filename else ""
     if error.errno == errno.ENOSPC:
