@@ -241,15 +241,15 @@ class Manifest:
                 return num_dropped
 
     def choose_hottest(self, count: int, *, usage: Mapping[str, int] | None = None) -> None:
-        """Choose blocks for ``pending``: those whose passages most documents hold and most queries used.
+        """Choose blocks for ``pending``: those that were used most, among equals those of most documents.
 
         Args:
             count: How many to choose.
-            usage: How often each block was read, by block id; counts as much as one document each.
+            usage: How often each block was read, by block id; 0 for those left out.
         """
         uses = usage or {}
-        counted = ((num_documents + uses.get(name, 0), name) for name, num_documents in self._references())
-        self.choose(name for _, name in heapq.nlargest(count, counted))
+        counted = ((uses.get(name, 0), num_documents, name) for name, num_documents in self._references())
+        self.choose(name for _, _, name in heapq.nlargest(count, counted))
 
     def choose(self, block_ids: Iterable[str]) -> None:
         """Choose blocks for ``pending``."""

@@ -592,6 +592,21 @@ def test_the_cheapest_goes_first(tmp_path):
         assert set(store) == {"dear", "new"}
 
 
+def test_uses_are_counted_from_the_storing_of_a_block_over_all_openings(store):
+    for block_id in ("idle", "used", "gone"):
+        store[block_id] = make_block(block_id)
+    assert store.use_counts() == {"idle": 0, "used": 0, "gone": 0}
+    store.get_many(["used", "gone"])
+    again = reopened(store)  # which flushes
+    assert again["used"].num_tokens
+    again.count_uses(["used"])  # what memory served
+    del again["gone"]
+    assert again.use_counts() == {"idle": 0, "used": 3}  # before they are flushed, too
+    assert again.use_counts(["used", "absent"]) == {"used": 3}
+    assert again.use_counts(iter(["idle"])) == {"idle": 0}
+    assert again.use_counts([]) == {}
+
+
 def test_what_was_popular_once_sinks_below_what_is_in_use(tmp_path):
     with DiskStore(tmp_path, size_limit_bytes=2 * FILE_BYTES) as store:
         store["old"] = make_block("old")

@@ -220,6 +220,19 @@ def test_the_hottest_are_those_that_most_queries_used_too(corpus, out):
     assert list(state(out)["stored"]) == [used]
 
 
+def test_what_was_used_before_is_hot_without_being_told(corpus, out):
+    run(out, [corpus], prefill="none")
+    with closing(FakeCache(out)) as cache:
+        used = cache.block(Passage("About bob there is a lot to say."))
+        cache.prefill([Passage("About bob there is a lot to say.")])  # as an answer would have stored it
+        assert cache.store.get(used.block_id) is not None
+    report = run(out, [corpus], prefill=1)
+    assert (report.num_encoded_blocks, report.num_skipped_blocks) == (0, 1)
+    assert list(state(out)["stored"]) == [used.block_id]
+    assert run(out, [corpus], prefill=2).num_encoded_blocks == 1
+    assert FakeCache(out).block(Passage(SHARED)).block_id in state(out)["stored"]  # most documents hold it
+
+
 def test_large_groups_go_to_the_encoder_longest_first(corpus, out):
     groups = []
     cache = FakeCache(out)

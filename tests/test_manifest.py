@@ -137,11 +137,13 @@ def test_pending_blocks_come_longest_first_page_by_page_until_done(manifest):
     assert manifest.num_pending() == (1, passage("a").num_tokens)
 
 
-def test_the_hottest_blocks_are_those_most_documents_hold_and_most_queries_used(manifest):
+def test_the_hottest_blocks_are_those_used_most_and_among_equals_those_of_most_documents(manifest):
     manifest.replace_documents([document("d", "abc"), document("e", "bc"), document("f", "c")])
     manifest.choose_hottest(1)
     assert [block.passage_id for block in manifest.pending(9, only_chosen=True)] == ["c"]
-    manifest.choose_hottest(1, usage={"block-a": 5})
+    manifest.choose_hottest(1, usage={"block-a": 1, "block-b": 1})
+    assert [block.passage_id for block in manifest.pending(9, only_chosen=True)] == ["b"]
+    manifest.choose_hottest(1, usage={"block-a": 2, "block-b": 1})
     assert [block.passage_id for block in manifest.pending(9, only_chosen=True)] == ["a"]
     manifest.mark_done(["block-a"])
     assert manifest.num_pending(only_chosen=True) == (0, 0)  # not the next one instead

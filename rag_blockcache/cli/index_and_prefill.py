@@ -70,7 +70,8 @@ def index_and_prefill(
         str,
         typer.Option(
             metavar="all|none|N",
-            help="Which passages to prefill now, N for the N hottest; the rest is prefilled when first used.",
+            help="Which passages to prefill now, N for the N hottest: those used most, then those that most "
+            "documents hold. The rest is prefilled when first used.",
         ),
     ] = "all",
     shard: Annotated[

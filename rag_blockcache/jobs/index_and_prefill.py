@@ -76,9 +76,10 @@ def index_and_prefill(
         manifest: The record, in the same directory as both.
         splitter: Cuts documents into passages.
         settings: What to record of the index; None takes it from the other arguments.
-        prefill: ``"all"`` blocks, ``"none"``, or so many of the hottest: those whose passages most
-            documents hold and most queries used.
-        usage: How often blocks were read, by block id; for ``prefill``.
+        prefill: ``"all"`` blocks, ``"none"``, or so many of the hottest: those that were read most, and
+            among equals those whose passages most documents hold.
+        usage: How often blocks were read, by block id, for ``prefill``; None takes what the cache's
+            disk store knows, see ``DiskStore.use_counts``.
         shard: ``(i, n)``, ``i`` from 1 to ``n``: take every n-th document, by a hash of its id, and
             look for gone ones among the same.
         dry_run: Change nothing; report what would be done.
@@ -177,7 +178,9 @@ class _Job:
         if self.prefill == "none":
             return 0, 0
         if isinstance(self.prefill, int):
-            self.manifest.choose_hottest(self.prefill, usage=self.usage)
+            disk = self.cache.store.disk
+            known = disk.use_counts() if self.usage is None and disk is not None else self.usage
+            self.manifest.choose_hottest(self.prefill, usage=known)
         return self.manifest.num_pending(only_chosen=isinstance(self.prefill, int), shard=self.shard)
 
     def _report(self, *, num_planned: int, is_dry_run: bool) -> IndexReport:

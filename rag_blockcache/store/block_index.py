@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sqlite3
@@ -186,6 +187,15 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
                         (num_uses + added, worth, block_id),
                     )
 
+    def use_counts(self, block_ids: Iterable[str] | None) -> dict[str, int]:
+        """Return how often blocks were asked for since they were stored: all of them, or those named."""
+        query = "SELECT block_id, num_uses - 1 FROM Usage"  # storing counts as one
+        arguments: tuple[str, ...] = ()
+        if block_ids is not None:
+            query += " WHERE block_id IN (SELECT value FROM json_each(?))"
+            arguments = (json.dumps(list(block_ids)),)
+        return dict(self._rows(query, *arguments))
+
     def pin(self, block_ids: Iterable[str]) -> None:
         """Make eviction pass over these ids, held or not."""
         with self._changing() as sql:
@@ -225,9 +235,9 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
                 names = (f"{folder}/{file}" for file in os.listdir(Path(self.directory) / folder))
                 yield from filter(FILE_NAME.fullmatch, names)
 
-    def _rows(self, query: str) -> list[Any]:
+    def _rows(self, query: str, *arguments: object) -> list[Any]:
         with translated_errors(self.directory):
-            rows: list[Any] = self._sql(query).fetchall()
+            rows: list[Any] = self._sql(query, arguments).fetchall()
             return rows
 
     @contextmanager

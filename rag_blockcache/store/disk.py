@@ -142,6 +142,21 @@ class DiskStore(BlockStore):
         with self._lock:
             self._uses.update(list(block_ids))  # a Counter would add the values of a mapping
 
+    def use_counts(self, block_ids: Iterable[str] | None = None) -> dict[str, int]:
+        """Return how often blocks were asked for since they were stored, by any process.
+
+        Counts go with their blocks: one that was evicted or deleted and comes back begins at 0. Other
+        processes' uses are known once those have flushed.
+
+        Args:
+            block_ids: Which blocks; None for all. Those that are not stored are left out.
+        """
+        wanted = None if block_ids is None else list(block_ids)
+        with self._lock:
+            recent = dict(self._uses)
+        counts = self._index.use_counts(wanted)
+        return {block_id: count + recent.get(block_id, 0) for block_id, count in counts.items()}
+
     def pin(self, block_ids: Iterable[str]) -> None:
         """Keep these blocks from eviction, by any process, now or when they arrive, until unpinned."""
         self._index.pin(block_ids)
