@@ -27,7 +27,7 @@ NAMES = [
     "while",
     "yield",
 ]
-QUESTIONS = ["Which statement does nothing when it is executed?", "How do I leave a loop early?"]
+QUESTIONS = ["What does the break statement do?", "What is a lambda expression?"]
 
 passages = [Passage(topics[name], title=name) for name in NAMES]
 

@@ -33,9 +33,9 @@ PASSAGES = [
 
 with tempfile.TemporaryDirectory() as directory, BlockCache(smollm2_path(), directory) as cache:
     for question, passages in [
-        ("What did the lamp of the lighthouse burn until 1891?", PASSAGES),
-        ("How is mail carried in winter?", PASSAGES),
-        ("Where does the last locomotive stand?", [PASSAGES[2], PASSAGES[0]]),  # in another order, too
+        ("Where does the last locomotive stand?", PASSAGES),
+        ("What did the old railway carry?", PASSAGES),
+        ("When was the lighthouse built?", PASSAGES[::-1]),  # in another order, too
     ]:
         answer = cache.generate(question, passages, max_new_tokens=40)
         print(f"{question}\n  {answer.text.strip()}")

@@ -24,6 +24,7 @@ def run(script: Path) -> None:
     if process.returncode:
         sys.exit(f"{script} failed with exit code {process.returncode}")
     result = json.loads(lines[-1])
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{script.stem.removeprefix('bench_')}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
