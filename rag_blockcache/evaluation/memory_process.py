@@ -22,8 +22,9 @@ from rag_blockcache.evaluation.environment import Environment
 from rag_blockcache.evaluation.requests import assemble, block_source, make_plan, store_blocks
 from rag_blockcache.evaluation.shapes import open_model
 from rag_blockcache.evaluation.token_prompts import TokenPrompt, cut_prompt, token_run
-from rag_blockcache.generator import Monitor, decode, prefill
+from rag_blockcache.generator import decode, prefill
 from rag_blockcache.model import Model
+from rag_blockcache.monitor import Monitor
 from rag_blockcache.reuse import BLOCK
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
 
