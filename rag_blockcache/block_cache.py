@@ -110,6 +110,8 @@ class BlockCache:
             self.model, self.store, fingerprint=self.fingerprint, condition_on_preamble=condition_on_preamble
         )
         self._break_even = BreakEven(self.model)
+        # Every prompt needs it; those of other system prompts come and go like passages.
+        self.store.pin([self._blocks.block(self._usual_preamble()).block_id])
 
     def __enter__(self) -> BlockCache:
         return self
@@ -154,14 +156,18 @@ class BlockCache:
         passages: Iterable[str | Passage],
         *,
         progress: Callable[[PrefillProgress], None] | None = None,
+        evict: bool = True,
     ) -> PrefillReport:
         """Encode and store the blocks of passages; those that are stored already are skipped.
 
-        Every batch is committed when it is done, so an interrupted call goes on where it was.
+        Every batch is committed when it is done, so an interrupted call goes on where it was. What the whole
+        disk budget has no room for is not encoded, so that a call does not only replace its own blocks.
 
         Args:
             passages: Any number of them; an iterator is read in groups.
             progress: Called after each batch.
+            evict: Let blocks from before this call go where the disk budget is full; otherwise only what
+                fits beside them is encoded.
 
         Raises:
             ContextTooLongError: If a passage does not fit the context window; what was stored by then stays.
@@ -170,13 +176,21 @@ class BlockCache:
         if isinstance(passages, str | Passage):
             raise InvalidInputError("passages must be a sequence; wrap a single passage in a list")
         tally = PrefillTally(len(passages) if isinstance(passages, Sequence) else None, progress)
-        remaining = iter(passages)
+        remaining, room = iter(passages), self.store.room(evicting=evict)
+        stored: list[str] = []
         while group := as_passages(islice(remaining, _GROUP)):
             missing = self._missing(group, tally.num_done)
             tally.skip(len(group) - len(missing))
-            for batch, seconds in self._blocks.encode(missing, self._usual_preamble()):
-                self.store.put_many(batch, cost_seconds=seconds)
-                tally.add(batch.values())
+            fitting = [
+                block for block in missing if room.take(len(block.token_ids) * self.model.kv_bytes_per_token)
+            ]
+            tally.leave_out(len(missing) - len(fitting))
+            for batch, seconds in self._blocks.encode(fitting, self._usual_preamble()):
+                kept = self.store.put_many(batch, cost_seconds=seconds)
+                tally.add(batch[block_id] for block_id in kept)
+                tally.leave_out(len(batch) - len(kept))
+                stored += kept if room.is_limited else []
+        tally.lose(sum(not self.store.keeps(block_id) for block_id in stored))
         return tally.report()
 
     def _missing(self, group: Sequence[Passage], num_before: int) -> list[Block]:
@@ -190,7 +204,7 @@ class BlockCache:
                     f"passage {num_before + index} has {len(block.token_ids)} tokens, the context window of "
                     f"the model is {self.model.max_length}; split it into shorter passages"
                 )
-            if block.block_id not in missing and block.block_id not in self.store:
+            if block.block_id not in missing and not self.store.keeps(block.block_id):
                 missing[block.block_id] = block
         return list(missing.values())
 

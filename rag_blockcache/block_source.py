@@ -85,7 +85,6 @@ class BlockSource:
             [[(_, states)]] = encode_blocks(self.model, [preamble], regime=regime)
             if keep:
                 self._keep({name: states}, time.perf_counter() - start)
-                self.store.pin([name])
         return states
 
     def _keep(self, states: Mapping[str, KVStates], seconds: float) -> None:
