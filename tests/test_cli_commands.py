@@ -245,9 +245,10 @@ def test_without_reuse_no_passage_is_looked_up(made):
 
 
 def test_an_answer_ends_before_a_stop_string(made):
-    whole = run_json("ask", made, "Who?", "--max-new-tokens", 12)["text"]
+    ask_it = ("ask", made, "Who?", "--max-new-tokens", 12, "--policy", "block")
+    whole = run_json(*ask_it)["text"]
     stop = whole[3:6]
-    cut = run_json("ask", made, "Who?", "--max-new-tokens", 12, "--stop", stop)
+    cut = run_json(*ask_it, "--stop", stop)
     assert (cut["text"], cut["finish_reason"]) == (whole[: whole.index(stop)], "stop")
 
 
@@ -257,7 +258,8 @@ def test_a_question_may_come_from_a_pipe(made):
 
 
 def test_drawn_tokens_repeat_with_a_seed(made):
-    draw = ("ask", made, "Who?", "--max-new-tokens", 12, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.9)
+    ask_it = ("ask", made, "Who?", "--max-new-tokens", 12, "--policy", "block")
+    draw = (*ask_it, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.9)
     texts = [run_json(*draw, "--seed", seed)["token_ids"] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 

@@ -53,7 +53,9 @@ def ask(
         float | None, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this share.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from this many likeliest tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes drawn tokens repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Makes drawn tokens repeatable, under one policy.")
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")
     ] = None,
