@@ -103,11 +103,13 @@ class PrefillReport:
 
     Attributes:
         num_passages: Passages given.
-        num_encoded: Blocks computed and stored.
+        num_encoded: Blocks computed and stored, which are there at the end.
         num_skipped: Passages whose block was stored already, or stood in the same call before.
         num_tokens: Tokens encoded.
         num_bytes: Bytes of KV states written.
         seconds: In all.
+        num_not_stored: Blocks that the disk budget left no room for, at once or in the end; the same call
+            with a larger budget stores them.
     """
 
     num_passages: int
@@ -116,6 +118,7 @@ class PrefillReport:
     num_tokens: int
     num_bytes: int
     seconds: float
+    num_not_stored: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -129,13 +132,23 @@ class PrefillTally:
     def __init__(self, num_total: int | None, listener: Callable[[PrefillProgress], None] | None) -> None:
         self.num_done = 0
         self._num_total, self._listener = num_total, listener
-        self._num_encoded = self._num_tokens = self._num_bytes = 0
+        self._num_encoded = self._num_not_stored = self._num_tokens = self._num_bytes = 0
         self._start = time.perf_counter()
 
     def skip(self, num_passages: int) -> None:
         """Count passages that need no encoding."""
         self.num_done += num_passages
         self.tell()
+
+    def leave_out(self, num_blocks: int) -> None:
+        """Count blocks that are not stored for want of room."""
+        self._num_not_stored += num_blocks
+        self.skip(num_blocks)
+
+    def lose(self, num_blocks: int) -> None:
+        """Count blocks that were stored, and evicted for others of the same call."""
+        self._num_encoded -= num_blocks
+        self._num_not_stored += num_blocks
 
     def add(self, encoded: Iterable[KVStates]) -> None:
         """Count blocks that were encoded and stored."""
@@ -159,10 +172,11 @@ class PrefillTally:
         return PrefillReport(
             num_passages=self.num_done,
             num_encoded=self._num_encoded,
-            num_skipped=self.num_done - self._num_encoded,
+            num_skipped=self.num_done - self._num_encoded - self._num_not_stored,
             num_tokens=self._num_tokens,
             num_bytes=self._num_bytes,
             seconds=time.perf_counter() - self._start,
+            num_not_stored=self._num_not_stored,
         )
 
 

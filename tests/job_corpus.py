@@ -30,9 +30,11 @@ WINDOW = 400
 class FakeCache:
     """What the job asks of a ``BlockCache``, with a real disk store and states made from the tokens."""
 
-    def __init__(self, directory: Path | None, fingerprint: str = "fake") -> None:
+    def __init__(
+        self, directory: Path | None, fingerprint: str = "fake", *, disk_budget_bytes: int | None = None
+    ) -> None:
         self.fingerprint = fingerprint
-        self.store = TieredStore(None, DiskStore(directory / "blocks"))
+        self.store = TieredStore(None, DiskStore(directory / "blocks", size_limit_bytes=disk_budget_bytes))
         self.model = SimpleNamespace(
             max_length=WINDOW,
             kv_bytes_per_token=32,
@@ -46,11 +48,13 @@ class FakeCache:
         token_ids = tuple(f"{passage.title}|{passage.text}".encode())
         return Block(token_ids, block_id(token_ids, fingerprint=self.fingerprint))
 
-    def prefill(self, passages, *, progress=None) -> PrefillReport:
+    def prefill(self, passages, *, progress=None, evict=True) -> PrefillReport:
         blocks = [self.block(passage) for passage in passages]
         if any(len(block.token_ids) > WINDOW for block in blocks):
             raise ContextTooLongError("too long")
-        missing = [block for block in blocks if block.block_id not in self.store]
+        room = self.store.room(evicting=evict)
+        unstored = [block for block in blocks if not self.store.keeps(block.block_id)]
+        missing = [block for block in unstored if room.take(32 * len(block.token_ids))]
         for number, block in enumerate(missing, 1):
             states = (
                 torch.tensor(block.token_ids, dtype=torch.float32).reshape(1, 1, -1, 1).repeat(2, 1, 1, 2)
@@ -63,7 +67,13 @@ class FakeCache:
                 )
         num_tokens = sum(len(block.token_ids) for block in missing)
         return PrefillReport(
-            len(blocks), len(missing), len(blocks) - len(missing), num_tokens, 32 * num_tokens, 0.1
+            num_passages=len(blocks),
+            num_encoded=len(missing),
+            num_skipped=len(blocks) - len(unstored),
+            num_tokens=num_tokens,
+            num_bytes=32 * num_tokens,
+            seconds=0.1,
+            num_not_stored=len(unstored) - len(missing),
         )
 
     def close(self) -> None:

@@ -353,6 +353,48 @@ def test_a_full_disk_leaves_what_was_committed_and_the_next_run_does_the_rest(co
     assert report.num_pending_blocks == 0
 
 
+def test_blocks_without_room_in_the_disk_budget_are_reported_and_pending_until_it_is_larger(
+    corpus, out, monkeypatch
+):
+    monkeypatch.setattr(prefilling, "_GROUP", 2)
+    for _ in range(2):  # the second one finds the budget full, and encodes nothing only to evict it
+        cache = FakeCache(out, disk_budget_bytes=2 * (4096 + 32 * 45))
+        report = run(out, [corpus], cache=cache)
+        (failure,) = report.failures
+        assert failure.source == str(out / "blocks")
+        assert "2 blocks were not stored: the disk budget of 11,072 bytes has no room" in failure.reason
+        assert (report.num_not_stored_blocks, report.num_pending_blocks) == (2, 2)
+        assert len(state(out)["stored"]) == 2
+        assert sum(is_done for *_, is_done in state(out)["blocks"]) == 2
+    assert cache.encoded == []
+    report = run(out, [corpus], cache=FakeCache(out, disk_budget_bytes=10**6))
+    assert (report.num_encoded_blocks, report.num_pending_blocks, report.failures) == (2, 0, ())
+    assert len(state(out)["stored"]) == 4
+
+
+def test_a_budget_for_no_block_at_all_still_makes_an_index_that_answers(
+    tiny_model, tiny_tokenizer, corpus, out
+):
+    with closing(BlockCache(tiny_model, out, tokenizer=tiny_tokenizer, disk_budget_bytes=4096)) as cache:
+        report = run(out, [corpus], cache=cache)
+    assert (report.num_encoded_blocks, report.num_not_stored_blocks, report.num_pending_blocks) == (0, 4, 4)
+    assert len(report.failures) == 1
+    with (
+        closing(BlockCache(tiny_model, out, tokenizer=tiny_tokenizer, disk_budget_bytes=4096)) as cache,
+        closing(Retriever(out / "index", embedder=embed)) as retriever,
+        closing(BlockCache(tiny_model, None, tokenizer=tiny_tokenizer)) as other,
+    ):
+        found = [result.passage for result in retriever.search("Who is Ada?", k=4)]
+        answer = cache.generate("Who is Ada?", found, max_new_tokens=4, policy="block")
+        assert answer.num_misses == 4
+        assert (
+            answer.token_ids
+            == other.generate("Who is Ada?", found, max_new_tokens=4, policy="block").token_ids
+        )
+    report = run(out, [corpus], cache=BlockCache(tiny_model, out, tokenizer=tiny_tokenizer))
+    assert (report.num_encoded_blocks, report.num_pending_blocks, report.failures) == (4, 0, ())
+
+
 def test_a_job_waits_for_nobody_who_needs_the_index_alone(corpus, out):
     with index_lock(out, exclusive=True), pytest.raises(StoreError, match="another job is at work"):
         run(out, [corpus])

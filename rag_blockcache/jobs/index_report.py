@@ -36,6 +36,7 @@ class IndexReport:
         num_encoded_blocks: Blocks encoded and stored.
         num_skipped_blocks: Blocks to encode that turned out to be stored already.
         num_dropped_blocks: Blocks deleted, since no passage needs them any more.
+        num_not_stored_blocks: Blocks that the disk budget left no room for; they are pending.
         num_pending_blocks: Blocks left to encode, by choice or by another shard.
         num_tokens: Tokens encoded.
         num_bytes: Bytes of KV states written.
@@ -55,6 +56,7 @@ class IndexReport:
     num_encoded_blocks: int
     num_skipped_blocks: int
     num_dropped_blocks: int
+    num_not_stored_blocks: int
     num_pending_blocks: int
     num_tokens: int
     num_bytes: int
@@ -129,6 +131,7 @@ _COUNTED = (
     "num_encoded_blocks",
     "num_skipped_blocks",
     "num_dropped_blocks",
+    "num_not_stored_blocks",
     "num_tokens",
     "num_bytes",
 )

@@ -37,19 +37,31 @@ class Prefilling:
         self._started = time.perf_counter()
 
     def run(self, *, only_chosen: bool, shard: Shard | None, num_total: int) -> None:
-        """Encode everything that is pending, longest first, so that a lack of memory shows at once."""
+        """Encode everything that is pending, longest first, so that a lack of memory shows at once.
+
+        Nothing is evicted for it, since what an index holds is worth about as much as what is to come:
+        where the disk budget is full, the rest stays pending.
+        """
         self._num_total, self._started = num_total, time.perf_counter()
         last: PendingBlock | None = None
         with self._tally.timed("prefill"):
             while group := self._manifest.pending(_GROUP, after=last, only_chosen=only_chosen, shard=shard):
-                self._encode(group)
+                num_stored = self._encode(group)
                 last = group[-1]
+                if self._tally.counts["num_not_stored_blocks"] and not num_stored:
+                    break  # no room for a whole group of them
+        if self._tally.counts["num_not_stored_blocks"]:
+            self._report_full()
 
-    def _encode(self, group: list[PendingBlock]) -> None:
+    def _encode(self, group: list[PendingBlock]) -> int:
+        """Encode a group, record what is stored now, and return how many blocks that is."""
         passages = {passage.passage_id: passage for passage in self._retriever.get(_passage_ids(group))}
         found = [block for block in group if block.passage_id in passages]
-        report = self._cache.prefill([passages[block.passage_id] for block in found], progress=self._tell)
-        self._manifest.mark_done(block.block_id for block in found)
+        report = self._cache.prefill(
+            [passages[block.passage_id] for block in found], progress=self._tell, evict=False
+        )
+        stored = [block.block_id for block in found if self._cache.store.keeps(block.block_id)]
+        self._manifest.mark_done(stored)
         self._report_missing([block.passage_id for block in group if block.passage_id not in passages])
         self._num_done += len(group)
         counts = self._tally.counts
@@ -57,6 +69,23 @@ class Prefilling:
         counts["num_skipped_blocks"] += report.num_skipped
         counts["num_tokens"] += report.num_tokens
         counts["num_bytes"] += report.num_bytes
+        counts["num_not_stored_blocks"] += len(found) - len(stored)
+        return len(stored)
+
+    def _report_full(self) -> None:
+        """Report the blocks for which the disk budget has no room, and those not tried after them."""
+        self._tally.counts["num_not_stored_blocks"] += max(self._num_total - self._num_done, 0)
+        disk = self._cache.store.disk
+        if disk is None or disk.size_limit_bytes is None:
+            place, reason = "blocks", "another process deleted them"
+        else:
+            place = str(disk.directory)
+            reason = f"the disk budget of {disk.size_limit_bytes:,} bytes has no room for them"
+        self._tally.fail(
+            place,
+            f"{self._tally.counts['num_not_stored_blocks']:,} blocks were not stored: {reason}; run the same "
+            "command again with a larger budget; until then they are encoded when they are first used",
+        )
 
     def _report_missing(self, passage_ids: list[str]) -> None:
         self._manifest.mark_lost(passage_ids=passage_ids)

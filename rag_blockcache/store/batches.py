@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rag_blockcache.kv_states import KVStates
-from rag_blockcache.store.block_file import check_states, stored_bytes
+from rag_blockcache.store.block_file import HEADER_BYTES, check_states, stored_bytes
 
 SECONDS_PER_TOKEN = 1e-3  # stands in for an unknown cost; only its ratio to measured costs matters
 
@@ -18,6 +18,31 @@ class NewBlock:
     block_id: str
     states: KVStates
     cost_seconds: float
+
+
+class Room:
+    """What a budget leaves on disk for blocks that are still to be encoded, handed out one by one.
+
+    Args:
+        num_bytes: All of it; None for no limit.
+    """
+
+    def __init__(self, num_bytes: int | None) -> None:
+        self._num_bytes = num_bytes
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a budget."""
+        return self._num_bytes is not None
+
+    def take(self, num_bytes: int) -> bool:
+        """Take room for the file of a block with so many bytes of keys and values, if there is so much."""
+        if self._num_bytes is None:
+            return True
+        is_enough = HEADER_BYTES + num_bytes <= self._num_bytes
+        if is_enough:
+            self._num_bytes -= HEADER_BYTES + num_bytes
+        return is_enough
 
 
 def new_blocks(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.kv_states import KVStates
-from rag_blockcache.store.batches import NewBlock, new_blocks, next_batch
+from rag_blockcache.store.batches import NewBlock, Room, new_blocks, next_batch
 from rag_blockcache.store.block_directory import locked, open_directory
 from rag_blockcache.store.block_file import read_block, request_file, stored_bytes, write_block
 from rag_blockcache.store.block_index import BlockIndex
@@ -169,6 +169,16 @@ class DiskStore(BlockStore):
     def size_bytes(self) -> int:
         """Size of all block files, in bytes."""
         return self._index.num_bytes
+
+    def room(self, *, evicting: bool) -> Room:
+        """Return what the budget leaves for new blocks, as of now.
+
+        Args:
+            evicting: Whether all blocks that are not pinned may go for them; otherwise all stay.
+        """
+        if self.size_limit_bytes is None:
+            return Room(None)
+        return Room(self._room() if evicting else self.size_limit_bytes - self.size_bytes)
 
     def stats(self) -> StoreStats:
         """Return what is stored, and the hits, misses and evictions of this process."""

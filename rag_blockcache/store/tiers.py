@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError
 from rag_blockcache.kv_states import KVStates
+from rag_blockcache.store.batches import Room
 from rag_blockcache.store.block_store import BlockStore
 from rag_blockcache.store.disk import DiskStore
 from rag_blockcache.store.memory import MemoryStore
@@ -76,6 +77,14 @@ class TieredStore(BlockStore):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def keeps(self, block_id: str) -> bool:
+        """Tell whether the lowest tier holds a block, so that it stays when memory lets go of it."""
+        return block_id in self._tiers[-1]
+
+    def room(self, *, evicting: bool) -> Room:
+        """Return what the disk budget leaves for new blocks; see ``DiskStore.room``."""
+        return Room(None) if self.disk is None else self.disk.room(evicting=evicting)
 
     def clear(self) -> None:
         """Delete all blocks from all tiers. Tensors handed out stay valid."""
