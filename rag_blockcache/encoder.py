@@ -14,6 +14,7 @@ from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles, rotate_keys, unrotate_keys
 
 _CPU_BATCH_TOKENS = 2048  # past this a CPU gains nothing, and its caches overflow (docs/decisions/0006)
+_PADDING_SHARE = 0.04  # of a batch
 _MEMORY_SHARE = 0.2  # of what is free, for the activations of one batch
 
 
@@ -59,13 +60,21 @@ def batch_size_tokens(model: Model) -> int:
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Group indices so that longest times number of rows stays within ``batch_tokens``, longest first."""
+    """Group indices of blocks of similar length, longest first, so that little of a batch is padding.
+
+    A batch ends when it would pass ``batch_tokens``, or would be padded by more than ``_PADDING_SHARE`` and
+    is large enough already to keep the cores busy.
+    """
     batch: list[int] = []
+    num_tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+        padded = lengths[batch[0]] * (len(batch) + 1) if batch else lengths[index]
+        is_wasteful = padded * (1 - _PADDING_SHARE) > num_tokens + lengths[index]
+        if batch and (padded > batch_tokens or (is_wasteful and 4 * num_tokens > batch_tokens)):
             yield batch
-            batch = []
+            batch, num_tokens = [], 0
         batch.append(index)
+        num_tokens += lengths[index]
     if batch:
         yield batch
 
