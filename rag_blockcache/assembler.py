@@ -136,7 +136,9 @@ class Context(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, as beam search asks for."""
         self.starts = [self.starts[i] for i in beam_idx.tolist()]
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # transformers asks for a legacy tensor class
+        for layer in self._context_layers:
+            rows = beam_idx.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 class _ContextLayer(CacheLayerMixin):

@@ -39,7 +39,7 @@ from rag_blockcache.prompt import Prompt, Segment
 from rag_blockcache.reuse import FULL, choose_policy, parse_policy
 from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
-from rag_blockcache.text_stream import cut_at_stop, text_pieces
+from rag_blockcache.text_stream import text_pieces, whole_text
 
 _GROUP = 1024  # passages whose tokens are looked at together, so that rows of a batch are alike in length
 
@@ -438,7 +438,7 @@ class BlockCache:
             options=options,
         )
         stops = stop_strings(self.model, options)
-        texts = [cut_at_stop(self.model.text(row.token_ids), stops) for row in decoded]
+        texts = [whole_text(self.model, row.token_ids, stops) for row in decoded]
         return [
             finished(plan, row, text, monitor) for plan, row, text in zip(plans, decoded, texts, strict=True)
         ]

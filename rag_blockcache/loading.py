@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rag_blockcache.errors import InvalidInputError, ModelNotFoundError
+from rag_blockcache.errors import InvalidInputError, MissingDependencyError, ModelNotFoundError
 from rag_blockcache.model import Model
 
 
@@ -66,16 +67,26 @@ def _load_network(
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if device == "auto":
         options["device_map"] = "auto"
+    what = name if adapter is None else f"{name} with adapter {adapter}"
     try:
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        network: PreTrainedModel = loaded[0]
         if adapter is not None:
             network.load_adapter(str(adapter))
-    except (OSError, ValueError, KeyError) as error:
-        what = name if adapter is None else f"{name} with adapter {adapter}"
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"cannot load model {what}: {_first_line(error)}; "
             "give a hub id, or a folder with config.json and weights"
         ) from error
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"cannot load model {what}: {_first_line(error)}; install what is missing"
+        ) from error
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers fills them with random numbers
+        raise ModelNotFoundError(
+            f"the files of {name} lack {len(missing)} weights, {missing[0]} first; get them complete"
+        )
     if device == "auto":
         return network
     try:

@@ -22,9 +22,20 @@ def text_pieces(model: Model, tokens: Iterator[int], stop_strings: Sequence[str]
         if safe > len(sent) and not text.endswith("\ufffd"):
             yield text[len(sent) : safe]
             sent = text[:safe]
-    text = cut_at_stop(model.text(token_ids), stop_strings)
+    text = whole_text(model, token_ids, stop_strings)
     if len(text) > len(sent):
         yield text[len(sent) :]
+
+
+def whole_text(model: Model, token_ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+    """Return the text of all tokens, without a last character that was cut off within its tokens."""
+    text = model.text(token_ids)
+    for num_tokens in range(len(token_ids), max(len(token_ids) - 5, -1), -1):
+        complete = model.text(token_ids[:num_tokens])
+        if not complete.endswith("\ufffd"):
+            text = complete
+            break
+    return cut_at_stop(text, stop_strings)
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:

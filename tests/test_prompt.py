@@ -1,4 +1,4 @@
-"""Prompts: what a template writes around, what a user wrote inside, and the same tokens offline and online."""
+"""Prompts: what a template writes around, what a user wrote inside, one tokenization offline and online."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ TOOLS = [
 ]
 TOOL_TEMPLATE = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHAT_TEMPLATE
 DOCUMENT_TEMPLATE = (
-    "{% for document in documents or [] %}<|im_start|>document\n{{ document['title'] }}: {{ document['text'] }}"
-    "<|im_end|>\n{% endfor %}" + CHAT_TEMPLATE
+    "{% for document in documents or [] %}<|im_start|>document\n{{ document['title'] }}: "
+    "{{ document['text'] }}<|im_end|>\n{% endfor %}" + CHAT_TEMPLATE
 )
 JSON_DOCUMENT_TEMPLATE = (
-    "{% for document in documents or [] %}<|im_start|>document\n{{ document | tojson }}<|im_end|>\n{% endfor %}"
+    "{% for document in documents or [] %}<|im_start|>document\n{{ document | tojson }}<|im_end|>\n"
+    "{% endfor %}"
 ) + CHAT_TEMPLATE
 TEXT_FIRST_TEMPLATE = (
-    "{% for document in documents or [] %}<|im_start|>{{ document['text'] }} ({{ document['title'] }})<|im_end|>"
-    "{% endfor %}"
+    "{% for document in documents or [] %}<|im_start|>{{ document['text'] }} ({{ document['title'] }})"
+    "<|im_end|>{% endfor %}"
 ) + CHAT_TEMPLATE
 NO_SYSTEM_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

@@ -7,13 +7,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 LLAMA3_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
+    "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 INST_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }}"
-    " [/INST]{% else %} {{ message['content'] }}</s>{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
+    "{{ message['content'] }} [/INST]{% else %} {{ message['content'] }}</s>{% endif %}{% endfor %}"
 )
 
 
@@ -34,7 +34,7 @@ def byte_level(
 def metaspace(
     chat_template=CHAT_TEMPLATE, scheme="first", bos=True, unigram=False, normalizer=None, plain=()
 ):
-    """Make a tokenizer that puts a space before a text, as SentencePiece ones do, with bytes to fall back on."""
+    """Make a tokenizer that puts a space before a text, as SentencePiece does, with bytes to fall back on."""
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     words = ["\u2581", "\u2581th", "th", "\u2581a", "e", "a", "t", "h", "b"]
     pieces = ["<unk>", *special, *plain, *words, *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -1,0 +1,41 @@
+"""Reuse policies: how much of a placed block is computed again."""
+
+from __future__ import annotations
+
+import pytest
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.reuse import BLOCK, FULL, REPAIR, choose_policy, parse_policy
+
+
+def test_policies_are_read_by_name():
+    assert parse_policy("full") is FULL
+    assert parse_policy("block") is BLOCK
+    assert parse_policy("auto") is None
+    assert parse_policy("link-16") == REPAIR
+    assert parse_policy("link-0").computed_again([range(5, 9)]) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", "blok", "link-", "link--1", "link-1.5", "link-\u0663", "Full", None, 3, ["full"]]
+)
+def test_an_unknown_policy_is_refused_with_the_known_ones(name):
+    with pytest.raises(InvalidInputError, match="use 'auto', 'full', 'block' or 'link-<k>'"):
+        parse_policy(name)
+
+
+def test_the_start_of_each_passage_is_computed_again():
+    passages = [range(10, 15), range(15, 17), range(30, 34)]
+    assert parse_policy("link-3").computed_again(passages) == [10, 11, 12, 15, 16, 30, 31, 32]
+    assert parse_policy("block").computed_again(passages) == []
+
+
+def test_auto_trusts_only_a_model_that_was_fine_tuned_on_blocks():
+    assert choose_policy(True)[0] is BLOCK
+    policy, reason = choose_policy(False)
+    assert policy is REPAIR
+    assert "not block-fine-tuned" in reason
+
+
+def test_only_full_reuses_nothing():
+    assert [policy.is_full for policy in (FULL, BLOCK, REPAIR)] == [True, False, False]
