@@ -88,11 +88,12 @@ def splitter() -> PassageSplitter:
     return PassageSplitter(byte_tokenizer(), max_tokens=60)
 
 
-def run(directory: Path, paths, *, cache=None, **options):
+def run(directory: Path, paths, *, cache=None, index_factory=None, **options):
     """Run the job once, on a directory that is opened for it and closed again."""
     with ExitStack() as stack:
         cache = stack.enter_context(closing(cache or FakeCache(directory)))
-        retriever = stack.enter_context(closing(Retriever(directory / "index", embedder=embed)))
+        retriever = Retriever(directory / "index", embedder=embed, index_factory=index_factory)
+        stack.enter_context(closing(retriever))
         manifest = stack.enter_context(closing(Manifest(directory)))
         return index_and_prefill(
             paths,

@@ -14,6 +14,7 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+import faiss
 import pytest
 from job_corpus import FakeCache, embed, run, run_and_die, splitter, state
 from test_documents import pdf
@@ -195,6 +196,28 @@ def test_an_empty_folder_is_an_error_and_empties_nothing(corpus, out):
     with pytest.raises(InvalidInputError, match="no document"):
         run(out, [corpus])
     assert state(out) == before
+
+
+@pytest.mark.parametrize(("num_documents", "kind"), [(100, "IndexFlatIP"), (400, "IndexIVFFlat")])
+def test_an_index_that_must_be_trained_grows_through_the_job(corpus, out, monkeypatch, num_documents, kind):
+    monkeypatch.setattr(indexing, "_GROUP", 30)  # fewer than it takes to train
+    for number in range(num_documents):
+        write(
+            corpus / f"{number}.jsonl", f"Document {number} says {'e' * (number % 50)} {'a' * (number % 20)}."
+        )
+    report = run(out, [corpus], index_factory="IVF8,Flat", prefill="none")
+    assert (report.num_added_passages, report.failures) == (num_documents + 4, ())
+    (saved,) = (out / "index").glob("*.faiss")
+    assert type(faiss.downcast_index(faiss.read_index(str(saved)).index)).__name__ == kind
+    run(out / "flat", [corpus], prefill="none")
+    with (
+        closing(Retriever(out / "index", embedder=embed)) as retriever,
+        closing(Retriever(out / "flat" / "index", embedder=embed)) as exact,
+    ):
+        assert retriever.index_factory == "IVF8,Flat"
+        assert retriever.verify() == []
+        assert retriever.search("Who says aaa?", 3)[0].score == exact.search("Who says aaa?", 3)[0].score
+    assert run(out, [corpus], prefill="none").num_unchanged_documents == num_documents + 3
 
 
 # What to prefill

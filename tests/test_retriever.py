@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from rag_blockcache.errors import IndexMismatchError, InvalidInputError, ModelNotFoundError, StoreError
 from rag_blockcache.passages import Passage
 from rag_blockcache.retriever import Embedder, Retriever
+from rag_blockcache.retriever.training import num_to_train
 
 DIMENSION = 32
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "eats", "fast", "slow", "never"]
@@ -211,12 +212,13 @@ def test_many_queries_at_once_are_answered_as_one_by_one(retriever):
 )
 def test_every_kind_of_index_gives_as_many_as_the_filter_leaves(tmp_path, index_factory):
     with Retriever(tmp_path, index_factory=index_factory) as retriever:
-        vectors = random_vectors(500)
-        retriever.add(numbered(500), embeddings=vectors)
+        vectors = random_vectors(700)
+        retriever.add(numbered(700), embeddings=vectors)
+        retriever.save()  # which trains it
         retriever.search(vectors[0])  # so that what follows changes a filled index
         retriever.delete([str(number) for number in range(100)])
         retriever.add(numbered(20), embeddings=vectors[:20])
-        kept = np.r_[100:500, 0:20]
+        kept = np.r_[100:700, 0:20]
         for query in random_vectors(5, seed=1):
             exact = (unit(vectors[kept]) @ unit(query)).argsort()[::-1]
             narrow = [str(number) for number in kept[exact] if number in (5, 50, 150, 399, 451)]
@@ -225,8 +227,86 @@ def test_every_kind_of_index_gives_as_many_as_the_filter_leaves(tmp_path, index_
             assert len(retriever.search(query, 10)) == 10
             everything = retriever.search(query, 1000)
             assert [result.passage.passage_id for result in everything] == [str(n) for n in kept[exact]]
-        for number in (150, 7, 499):
+        for number in (150, 7, 699):
             assert retriever.search(vectors[number], 1)[0].passage.passage_id == str(number)
+
+
+def kind_of(retriever):
+    with retriever._table.transaction():
+        return type(retriever._index.current()._core).__name__
+
+
+@pytest.mark.parametrize(
+    ("index_factory", "num_vectors"),
+    [
+        ("Flat", 0),
+        ("HNSW32", 0),
+        ("IVF4096,Flat", 39 * 4096),
+        ("PQ8", 39 * 256),
+        ("IVF16,PQ8", 39 * 256),
+        ("HNSW8_PQ4", 39 * 256),
+        ("IVF16,PQ4x4", 39 * 16),
+        ("OPQ8,IVF16,PQ8x4", 39 * 256),
+        ("PCA16,IVF4,Flat", 10 * DIMENSION),
+        ("RQ2x6", 39 * 64),
+        ("SQ8", 256),
+    ],
+)
+def test_how_many_vectors_train_an_index(index_factory, num_vectors):
+    assert num_to_train(index_factory, DIMENSION) == num_vectors
+
+
+def test_an_index_with_too_few_vectors_to_train_compares_all_of_them(tmp_path, caplog):
+    caplog.set_level("INFO", "rag_blockcache")
+    with Retriever(tmp_path, embedder=embed, index_factory="IVF4096,Flat") as retriever:
+        retriever.add(WORDS[:6])
+        held = {Passage(word).content_id: word for word in WORDS[:6]}
+        assert ranking(retriever.search("red cat", 4)) == expected(held, "red cat", 4)
+        retriever.add(WORDS[6:10])  # in a second group, as a job does
+        retriever.save()
+        held = {Passage(word).content_id: word for word in WORDS[:10]}
+        assert ranking(retriever.search("red dog runs", 4)) == expected(held, "red dog runs", 4)
+        assert retriever.verify() == []
+    assert caplog.text.count("is trained when there are 159744 vectors") == 1
+    with Retriever(tmp_path, embedder=embed) as retriever:
+        assert retriever.index_factory == "IVF4096,Flat"
+        assert ranking(retriever.search("red dog runs", 4)) == expected(held, "red dog runs", 4)
+
+
+def test_an_index_is_trained_when_there_are_vectors_enough_and_all_openings_take_notice(tmp_path):
+    vectors = random_vectors(400)
+    with (
+        Retriever(tmp_path, index_factory="IVF8,Flat") as writer,
+        Retriever(tmp_path, index_factory="IVF8,Flat") as reader,
+    ):
+        writer.add(numbered(311), embeddings=vectors[:311])
+        writer.save()
+        assert kind_of(writer) == kind_of(reader) == "IndexFlatIP"
+        everything = reader.search(vectors[7], 400)
+        writer.add(numbered(312)[311:], embeddings=vectors[311:312])
+        assert kind_of(writer) == "IndexFlatIP"  # exact until it is trained
+        writer.save()
+        assert kind_of(writer) == kind_of(reader) == "IndexIVFFlat"
+        found = [result.passage.passage_id for result in reader.search(vectors[7], 400)]
+        assert [name for name in found if name != "311"] == [hit.passage.passage_id for hit in everything]
+        writer.add(numbered(400)[312:], embeddings=vectors[312:])
+        assert len(reader.search(vectors[7], 400)) == 400
+        assert reader.verify() == []
+    (saved,) = tmp_path.glob("*.faiss")
+    assert isinstance(faiss.downcast_index(faiss.read_index(str(saved)).index), faiss.IndexIVFFlat)
+
+
+def test_a_trained_index_is_not_trained_again(tmp_path, monkeypatch):
+    with Retriever(tmp_path, index_factory="IVF4,Flat") as retriever:
+        retriever.add(numbered(200), embeddings=random_vectors(200))
+    monkeypatch.setattr(
+        "rag_blockcache.retriever.synced_index.trained_template", lambda *_: pytest.fail("trained again")
+    )
+    with Retriever(tmp_path) as retriever:
+        assert kind_of(retriever) == "IndexIVFFlat"
+        retriever.add(numbered(300), embeddings=random_vectors(300))
+        retriever.rebuild()
+        assert kind_of(retriever) == "IndexIVFFlat"
 
 
 def test_a_wide_filter_on_an_ivf_index_still_gives_k_results(tmp_path, monkeypatch):
@@ -234,6 +314,7 @@ def test_a_wide_filter_on_an_ivf_index_still_gives_k_results(tmp_path, monkeypat
     with Retriever(tmp_path, index_factory="IVF16,Flat") as retriever:
         vectors = random_vectors(800)
         retriever.add(numbered(800), embeddings=vectors)
+        retriever.save()  # which trains it
         for query in random_vectors(5, seed=1):
             scores = unit(vectors) @ unit(query)
             scores[1::2] = -2
@@ -615,20 +696,6 @@ def test_another_index_factory_is_refused_and_the_one_on_record_is_the_default(t
 
 
 # What cannot be used
-
-
-def test_too_few_vectors_to_train_are_refused_before_anything_is_embedded(tmp_path):
-    calls = []
-    with Retriever(
-        tmp_path, embedder=lambda texts: calls.append(texts) or embed(texts), index_factory="IVF64,Flat"
-    ) as retriever:
-        with pytest.raises(InvalidInputError, match=r"needs 64 passages or more .* got 12"):
-            retriever.add(WORDS)
-        assert sum(map(len, calls)) == 1
-        assert len(retriever) == 0
-        retriever.add(numbered(64), embeddings=random_vectors(64))
-        retriever.add(["one more"], embeddings=random_vectors(1))
-        assert len(retriever.search(random_vectors(1)[0], 65)) == 65
 
 
 @pytest.mark.parametrize("index_factory", ["Nonsense", "IVF,", "IDMap2,Flat", "NSG16"])

@@ -63,7 +63,8 @@ def index_and_prefill(
     index_factory: Annotated[
         str | None,
         typer.Option(
-            help="FAISS index: Flat (exact), HNSW32, IVF1024,Flat. Flat for a new index if left out."
+            help="FAISS index: Flat (exact), HNSW32, IVF1024,Flat. Kinds with IVF or PQ are exact until "
+            "there are passages enough to train them. Flat for a new index if left out."
         ),
     ] = None,
     prefill: Annotated[

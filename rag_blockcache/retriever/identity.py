@@ -9,7 +9,7 @@ import numpy as np
 from rag_blockcache.errors import IndexMismatchError, StoreError
 from rag_blockcache.retriever.embedder import Embedder, Vectors
 from rag_blockcache.retriever.passage_table import PassageTable
-from rag_blockcache.retriever.vector_index import trained_template
+from rag_blockcache.retriever.training import untrained_template
 
 TABLE_FILE = "passages.sqlite"
 
@@ -109,21 +109,21 @@ def record_origin(
 
     Args:
         table: Of the index, in a transaction that writes.
-        vectors: About to be put in; the first of all train the index.
+        vectors: About to be put in.
         index_factory: FAISS factory string.
         embedder: What is in use; None for ready vectors only.
         probe_text: The text behind the first vector, if ``embedder`` made it.
 
     Raises:
         IndexMismatchError: If the vectors have another dimension than those in the index.
-        InvalidInputError: If they are too few to train it.
+        InvalidInputError: If FAISS cannot make such an index for them.
     """
     check_vectors(table, vectors.shape[1])
     if table.setting("dimension") is None:
-        template = trained_template(index_factory, vectors)
-        table.record(
-            dimension=vectors.shape[1], normalisation="l2", index_factory=index_factory, template=template
-        )
+        template = untrained_template(index_factory, vectors.shape[1])
+        table.record(dimension=vectors.shape[1], normalisation="l2", index_factory=index_factory)
+        if template is not None:  # otherwise recorded when it is trained
+            table.record(template=template)
     if embedder is not None and (table.setting("embedder") is None):
         table.record(embedder=embedder.name)
     if embedder is not None and probe_text is not None and table.setting("probe_text") is None:

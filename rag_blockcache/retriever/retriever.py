@@ -27,7 +27,8 @@ from rag_blockcache.retriever.metadata_filter import Where, matching
 from rag_blockcache.retriever.passage_table import PassageTable
 from rag_blockcache.retriever.ranking import nearest
 from rag_blockcache.retriever.synced_index import SyncedIndex
-from rag_blockcache.retriever.vector_index import Ids, untrained_index
+from rag_blockcache.retriever.training import untrained_index
+from rag_blockcache.retriever.vector_index import Ids
 from rag_blockcache.retriever.verification import problems
 
 
@@ -56,9 +57,10 @@ class Retriever:
         embedder: Name or local path of a sentence-transformers model, a callable from a list of
             strings to ``(num_texts, dimension)``, or an ``Embedder``. None takes the model that
             is on record. Loaded when a text is embedded first.
-        index_factory: FAISS factory string, which decides how a new index is searched; kinds
-            with IVF train on the first ``add``. None takes the one on record, ``"Flat"`` for a
-            new index, which compares everything.
+        index_factory: FAISS factory string, which decides how a new index is searched. Kinds that
+            must be trained, with IVF or PQ say, compare everything until ``save`` finds vectors
+            enough (39 for each centroid), and trains. None takes the one on record, ``"Flat"`` for
+            a new index, which always compares everything.
         device: Where the embedder runs; None leaves it to sentence-transformers.
 
     Raises:
@@ -139,7 +141,7 @@ class Retriever:
 
         Raises:
             InvalidInputError: If a passage or vector cannot be used, no embedder is known, or
-                the vectors are too few to train the index.
+                FAISS cannot make an index by ``index_factory``.
             IndexMismatchError: If vectors have another dimension than those of the index.
             OutOfSpaceError: If the disk is full.
         """
@@ -237,6 +239,8 @@ class Retriever:
     def save(self) -> None:
         """Save the FAISS index, so that the next opening is quick; the passages are safe without.
 
+        An index that must be trained is trained first, once there are vectors enough.
+
         Raises:
             OutOfSpaceError: If the disk is full.
         """
@@ -288,7 +292,7 @@ class Retriever:
         texts = [_embedded_text(passage) for passage in passages]
         if self.dimension is None and self.index_factory != "Flat":  # an error now, not after an hour
             dimension = embedder.embed(texts[:1]).shape[1]
-            untrained_index(self.index_factory, dimension, num_vectors=len(texts))
+            untrained_index(self.index_factory, dimension)
         return embedder.embed(texts, progress=progress)
 
     def _embed_queries(self, queries: Sequence[str] | ArrayLike) -> Vectors:

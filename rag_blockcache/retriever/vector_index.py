@@ -13,64 +13,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from rag_blockcache.errors import InvalidInputError, OutOfSpaceError, StoreError
+from rag_blockcache.errors import OutOfSpaceError, StoreError
 from rag_blockcache.retriever.embedder import Vectors
+from rag_blockcache.retriever.training import reason_of
 
 Ids: TypeAlias = NDArray[np.int64]
 ReadVectors: TypeAlias = Callable[[Ids], Iterator[tuple[Ids, Vectors]]]  # skips ids that cannot be read
 
-_FEW_PER_CELL = 39  # FAISS's own advice for training; below it, cells are poor but work
 _MIN_PROBES = 8
 
 logger = logging.getLogger(__name__)
-
-
-def untrained_index(index_factory: str, dimension: int, *, num_vectors: int) -> Any:
-    """Build the FAISS index that a factory string describes, for inner products.
-
-    Raises:
-        InvalidInputError: If FAISS cannot build it for vectors of this dimension, or
-            ``num_vectors`` are too few to train it.
-    """
-    try:
-        index = faiss.index_factory(dimension, index_factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise InvalidInputError(
-            f"FAISS cannot make index_factory {index_factory!r} for cosines of {dimension} dimensions "
-            f"({_reason(error)}); try 'Flat', 'HNSW32' or 'IVF256,Flat'"
-        ) from error
-    cells = faiss.try_extract_index_ivf(index)
-    if cells is not None:
-        cells.cp.min_points_per_centroid = 1  # FAISS would print its advice; ours is logged
-        if num_vectors < cells.nlist:
-            raise InvalidInputError(
-                f"index_factory {index_factory!r} trains on the first add, which needs {cells.nlist} "
-                f"passages or more (better {_FEW_PER_CELL * cells.nlist}) and got {num_vectors}; add more "
-                "at once, or use 'Flat'"
-            )
-        if num_vectors < _FEW_PER_CELL * cells.nlist:
-            logger.warning("%s is trained on %d vectors, which is few", index_factory, num_vectors)
-    return index
-
-
-def trained_template(index_factory: str, sample: Vectors) -> bytes:
-    """Train an index on a sample, and return it empty, as bytes: every index is filled from it.
-
-    Raises:
-        InvalidInputError: If the sample does not suffice, or the index cannot grow step by step.
-    """
-    index = faiss.IndexIDMap2(untrained_index(index_factory, sample.shape[1], num_vectors=len(sample)))
-    try:
-        if not index.is_trained:
-            index.train(sample)
-        template: bytes = faiss.serialize_index(index).tobytes()
-        index.add_with_ids(sample[:2], np.arange(len(sample[:2])))  # some kinds refuse to grow step by step
-    except RuntimeError as error:
-        raise InvalidInputError(
-            f"index_factory {index_factory!r} cannot be trained on {len(sample)} vectors and then filled "
-            f"({_reason(error)}); add more at once, or use 'Flat'"
-        ) from error
-    return template
 
 
 class VectorIndex:
@@ -81,7 +33,7 @@ class VectorIndex:
     and are passed over by every search, until they outnumber the others.
 
     Args:
-        template: What ``trained_template`` returned.
+        template: An empty index, as ``training`` makes it.
     """
 
     def __init__(self, template: bytes) -> None:
@@ -91,8 +43,8 @@ class VectorIndex:
             self._index: Any = faiss.deserialize_index(self._template)
         except RuntimeError as error:
             raise StoreError(
-                f"the trained index in passages.sqlite is damaged ({_reason(error)}); restore the directory "
-                "from a copy, or index the documents again into another one"
+                f"the trained index in passages.sqlite is damaged ({reason_of(error)}); restore the "
+                "directory from a copy, or index the documents again into another one"
             ) from error
 
     @property
@@ -192,7 +144,7 @@ class VectorIndex:
             temporary.unlink(missing_ok=True)
             kind = OutOfSpaceError if "No space left" in str(error) else StoreError
             raise kind(
-                f"the FAISS index cannot be written to {directory} ({_reason(error)}); free some space and "
+                f"the FAISS index cannot be written to {directory} ({reason_of(error)}); free some space and "
                 "see that the directory may be written to; passages are safe, the index can be made again"
             ) from error
         return path.name
@@ -238,8 +190,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    """The last part of a FAISS message: what went wrong, without where in its source."""
-    return str(error).strip().rpartition("Error: ")[2].partition("\n")[0]
