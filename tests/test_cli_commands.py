@@ -104,6 +104,16 @@ def error_of(*arguments, **options):
 # index-and-prefill
 
 
+def test_a_disk_budget_that_is_too_small_is_a_problem_until_it_is_larger(corpus, tmp_path, models):
+    out = tmp_path / "kv"
+    small = ("--disk-budget", "5KB", "--index-factory", "IVF64,Flat")
+    report = index(corpus, out, *models, *small, exit_code=1)
+    assert (report["num_encoded_blocks"], report["num_not_stored_blocks"]) == (0, 3)
+    assert "3 blocks were not stored: the disk budget of 5,000 bytes" in report["failures"][0]["reason"]
+    assert run_json("ask", out, "Who?", "--policy", "block", "--max-new-tokens", 4)["num_misses"] == 3
+    assert index(corpus, out, "--disk-budget", "1GB")["num_pending_blocks"] == 0
+
+
 def test_documents_become_an_index_that_answers(corpus, tmp_path, models):
     report = index(corpus, tmp_path / "kv", *models)
     assert (report["num_new_documents"], report["num_encoded_blocks"]) == (3, 3)
