@@ -89,7 +89,7 @@ def test_folders_are_read_recursively_sorted_and_without_hidden_files(tmp_path, 
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         written(tmp_path / name, name)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="rag_blockcache"):
         documents = list(read_documents([tmp_path]))
     assert [document.document_id for document in documents] == [
         str(tmp_path / name) for name in ("a.MD", "b.txt", "sub/c.txt")
