@@ -32,7 +32,9 @@ class Passage:
         """Refuse what no model can read, at the place where it was written."""
         if not isinstance(self.text, str) or not isinstance(self.title, str):
             got = type(self.text if not isinstance(self.text, str) else self.title).__name__
-            raise InvalidInputError(f"a passage needs text and title as strings, got {got}; decode or convert it")
+            raise InvalidInputError(
+                f"a passage needs text and title as strings, got {got}; decode or convert it"
+            )
         if not self.text.strip():
             raise InvalidInputError("a passage has no text; leave it out, or give it some")
 
