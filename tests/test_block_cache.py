@@ -49,10 +49,10 @@ class Slow(LogitsProcessor):
 
 
 class Seen(LogitsProcessor):
-    """Keeps the logits of the latest step."""
+    """Keeps the tokens and logits of the latest step."""
 
     def __call__(self, input_ids, scores):
-        self.scores = scores.clone()
+        self.input_ids, self.scores = input_ids.clone(), scores.clone()
         return scores
 
 
@@ -242,18 +242,13 @@ def test_rows_of_a_batch_end_where_they_end_alone(tiny_cache):
             )
 
 
-def test_what_fills_a_shorter_row_is_not_counted_by_logits_processors(tiny_cache):
+def test_what_fills_a_shorter_row_is_no_token_that_its_prompt_does_not_hold(tiny_cache):
     requests = [("Who?", PASSAGES), ("Why?", [])]
+    seen = Seen()
+    options = {"logits_processor": LogitsProcessorList([seen]), "max_new_tokens": 1, "pad_token_id": 250}
+    tiny_cache.generate_batch(requests, policy="full", **options)
     prompt = {token for segment in tiny_cache.segments(*requests[1]) for token in segment}
-    options = {
-        "policy": "full",
-        "max_new_tokens": 4,
-        "repetition_penalty": 5.0,
-        "suppress_tokens": list(prompt),
-    }
-    alone = tiny_cache.generate(*requests[1], **options).token_ids
-    together = tiny_cache.generate_batch(requests, pad_token_id=alone[0], **options)
-    assert together[1].token_ids == alone
+    assert set(seen.input_ids[1].tolist()) == prompt
 
 
 def test_an_empty_batch_has_no_answers(tiny_cache):
@@ -646,26 +641,25 @@ def test_a_model_that_accelerate_has_dispatched_is_served(tiny_tokenizer):
 # Below the break-even
 
 
-def test_below_the_break_even_auto_prefills_in_full_and_says_so(tiny_cache, monkeypatch):
-    from rag_blockcache.break_even import BreakEven
-
-    monkeypatch.setattr(BreakEven, "_measure", lambda self: 10_000.0)
+def test_below_the_break_even_auto_prefills_in_full_and_says_so(tiny_cache):
+    tiny_cache._break_even.num_tokens = 10_000.0
+    tiny_cache.prefill(PASSAGES)
+    tiny_cache.generate("Who?", PASSAGES, policy="block", max_new_tokens=1)  # stores the preamble
     answer = tiny_cache.generate("Who?", PASSAGES, max_new_tokens=1)
     assert (answer.policy, answer.policy_reason) == ("full", "so few tokens are computed sooner than reused")
-    assert used(answer) == (0, 0, 0, length(tiny_cache))
-    assert len(tiny_cache.store) == 0
+    assert used(answer) == (len(PASSAGES), 0, 0, length(tiny_cache))
     named = tiny_cache.generate("Who?", PASSAGES, policy="block", max_new_tokens=1)
     assert (named.policy, named.policy_reason) == ("block", "")
 
 
-def test_auto_repairs_blocks_of_a_model_that_was_not_fine_tuned_on_them(tiny_cache, cheap):
+def test_a_missing_block_is_encoded_even_below_the_break_even(tiny_cache):
+    tiny_cache._break_even.num_tokens = 10_000.0
     answer = tiny_cache.generate("Who?", PASSAGES, max_new_tokens=1)
-    assert answer.policy == "link-16"
-    assert "not block-fine-tuned" in answer.policy_reason
+    assert (answer.num_hits, answer.num_misses) == (0, len(PASSAGES))
+    assert all(tiny_cache.block(passage).block_id in tiny_cache.store for passage in PASSAGES)
 
 
-def test_the_break_even_is_measured_once_and_is_a_number_of_tokens(tiny_cache):
+def test_the_break_even_is_measured_at_load_and_is_a_number_of_tokens(tiny_cache):
     break_even = tiny_cache._break_even
     assert break_even.num_tokens > 0
-    assert break_even.num_tokens == break_even.num_tokens
     assert not break_even.pays(0)
