@@ -56,6 +56,6 @@ DiskBudget: TypeAlias = Annotated[
     typer.Option(
         parser=parse_size,
         metavar="SIZE",
-        help="Most that blocks may take on disk (20GB, 500MiB). Questions evict what is worth least, jobs nothing.",
+        help="Most that blocks may take on disk (20GB, 500MiB). Questions evict the least valuable.",
     ),
 ]
