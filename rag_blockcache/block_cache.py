@@ -99,9 +99,7 @@ class BlockCache:
         self.tokenizer = self.model.tokenizer
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
         disk = None
-        if (
-            directory is not None
-        ):  # last, so that nothing is left open, nor made, where something else is wrong
+        if directory is not None:  # after the model, so that nothing is made where something else is wrong
             disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
         self.store = TieredStore(MemoryStore(memory_budget_bytes), disk)
         named = json.dumps([self.model.fingerprint, salt])
@@ -401,9 +399,10 @@ class BlockCache:
         if plan.policy.is_full:
             return {}
         states = self._blocks.load(plan)
-        if plan.is_auto and not self._break_even.pays(plan.num_placed):
+        # A block that is missing is worth its encoding: it may stand in the next, longer prompt.
+        has_all = len(plan.found) == len({block.block_id for block in plan.blocks.values()})
+        if plan.is_auto and has_all and not self._break_even.pays(plan.num_placed):
             plan.policy, plan.policy_reason = FULL, "so few tokens are computed sooner than reused"
-            plan.blocks.clear()
             return {}
         return states | self._blocks.encode_missing(plan)
 

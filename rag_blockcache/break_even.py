@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,31 +14,24 @@ from rag_blockcache.generator import Computed, prefill
 from rag_blockcache.model import Model
 
 _SHORT = 8
-_LONG = {"cpu": 64, "cuda": 512}  # a GPU needs more tokens before it takes longer for them
+_LONG = {"cpu": 32, "cuda": 512}  # a GPU needs more tokens before it takes longer for them
 _LOOKUP_SECONDS = 0.0005  # a look-up and a memory map, each block of a request included
 
 
 class BreakEven:
     """Compares what reuse costs with what it saves.
 
-    Both are measured at the first question, which takes a fraction of a second, and hold for the process.
-
     Args:
-        model: The model.
+        model: Both are measured on it now, which takes a fraction of a second; at the first question, the
+            measurement would be part of its time to first token.
+
+    Attributes:
+        num_tokens: Fewest reused tokens for which reuse is sooner; infinite if it never is.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._num_tokens: float | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def num_tokens(self) -> float:
-        """Fewest reused tokens for which reuse is sooner; infinite if it never is."""
-        with self._lock:
-            if self._num_tokens is None:
-                self._num_tokens = self._measure()
-        return self._num_tokens
+        self.num_tokens = self._measure()
 
     def pays(self, num_reused: int) -> bool:
         """Return whether reusing so many tokens is sooner than computing them."""
