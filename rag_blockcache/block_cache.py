@@ -61,8 +61,9 @@ class BlockCache:
             own ``documents``), or a ``PassageFormat``.
         condition_on_preamble: Let each block also attend to the preamble, which is better on models that
             were not block-fine-tuned, and a departure from the paper's mask.
-        disk_budget_bytes: The least valuable blocks go when it is full; None sets no bound.
-        memory_budget_bytes: Likewise for blocks held in memory.
+        disk_budget_bytes: The least valuable blocks go when it is full. It is recorded in the directory; None
+            keeps what is on record, which at first is no bound.
+        memory_budget_bytes: Likewise for blocks held in memory; None sets no bound.
         salt: Blocks of one salt are invisible under another (one a tenant).
 
     Raises:

@@ -1001,3 +1001,15 @@ class DiskStoreMachine(RuleBasedStateMachine):
 
 DiskStoreMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
 test_any_sequence_of_operations = DiskStoreMachine.TestCase
+
+
+def test_a_budget_is_on_record_for_whoever_opens_the_directory_next(tmp_path):
+    with DiskStore(tmp_path, size_limit_bytes=50_000) as store:
+        assert store.size_limit_bytes == 50_000
+    with DiskStore(tmp_path) as store:
+        assert store.size_limit_bytes == 50_000
+        for index in range(40):
+            store.put(f"block-{index}", make_block(f"block-{index}"))
+        assert store.size_bytes <= 50_000
+    with DiskStore(tmp_path, size_limit_bytes=80_000) as store:
+        assert store.size_limit_bytes == 80_000

@@ -23,6 +23,7 @@ _SCHEMA = (
     "CREATE INDEX IF NOT EXISTS Usage_priority ON Usage (priority)",
     "CREATE TABLE IF NOT EXISTS Pins (block_id TEXT PRIMARY KEY)",
     "CREATE TABLE IF NOT EXISTS Clock (id INTEGER PRIMARY KEY CHECK (id = 1), value REAL)",
+    "CREATE TABLE IF NOT EXISTS Budget (id INTEGER PRIMARY KEY CHECK (id = 1), num_bytes INTEGER)",
 )
 
 
@@ -30,7 +31,7 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
     """The entries of a disk store, in one SQLite database that threads and processes share.
 
     diskcache maps block ids to files; it neither evicts nor counts here. ``Usage`` holds what eviction
-    needs to know of each block, ``Pins`` the ids it passes over, ``Clock`` its clock. Whatever belongs
+    needs to know of each block, ``Pins`` the ids it passes over, ``Clock`` its clock, ``Budget`` its bound. Whatever belongs
     together is changed in one transaction, and files are deleted only after it.
 
     Raises:
@@ -97,6 +98,16 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
     def num_bytes(self) -> int:
         """Size of all files, in bytes."""
         return int(self._rows("SELECT value FROM Settings WHERE key = 'size'")[0][0])
+
+    def budget(self, num_bytes: int | None) -> int | None:
+        """Record a budget for all files, or return the one on record if None is given; None if there is none."""
+        recorded = self._rows("SELECT num_bytes FROM Budget")
+        if num_bytes is None:
+            return int(recorded[0][0]) if recorded else None
+        if recorded != [(num_bytes,)]:
+            with self._changing() as sql:
+                sql("INSERT OR REPLACE INTO Budget VALUES (1, ?)", (num_bytes,))
+        return num_bytes
 
     @property
     def num_pinned(self) -> int:

@@ -37,8 +37,9 @@ class DiskStore(BlockStore):
 
     Args:
         directory: Created if missing, readable by its owner only. Not on a network file system.
-        size_limit_bytes: Budget for the files of this process's writes; None for no limit. A block larger
-            than what the pinned ones leave free is not kept.
+        size_limit_bytes: Budget for all files, recorded in the directory for whoever opens it next; None
+            keeps what is on record, which at first is no limit. A block larger than what the pinned ones
+            leave free is not kept.
 
     Raises:
         StoreError: If the directory holds something else or another format version, or cannot be used.
@@ -56,10 +57,12 @@ class DiskStore(BlockStore):
 
     def __init__(self, directory: Path | str, *, size_limit_bytes: int | None = None) -> None:
         if size_limit_bytes is not None and size_limit_bytes < 0:
-            raise InvalidInputError(f"size_limit_bytes is {size_limit_bytes}; pass None for no limit")
+            raise InvalidInputError(
+                f"size_limit_bytes is {size_limit_bytes}; pass the bytes that blocks may take"
+            )
         self.directory = open_directory(directory)
-        self.size_limit_bytes = size_limit_bytes
         self._index = BlockIndex(self.directory)
+        self.size_limit_bytes = self._index.budget(size_limit_bytes)
         self._checked: set[str] = set()  # names of files whose checksum was right
         self._uses: Counter[str] = Counter()
         self._num_hits = self._num_misses = self._num_evictions = 0
