@@ -22,6 +22,7 @@ _HALF = np.uint64(32)
 _REGION = 24  # windows; of any 48 windows in a row, all those over one byte, some region is a part
 _STRIDE = 10 * _REGION  # windows hashed at a time while an anchor is looked for
 _MAX_RECENT = 8192
+_MASKS = np.left_shift(1, np.arange(8)).astype(np.uint8)
 
 
 def window_hashes(data: bytes) -> Hashes:
@@ -80,47 +81,77 @@ def candidate_anchors(text: bytes) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class AnchorSet:
-    """Hashes of anchors, 8 bytes each, to be asked for all windows of a prompt at once.
+class SortedHashes:
+    """Hashes in order, and a coarse picture of them that rules out most others.
 
-    It never changes, so readers need no lock: adding gives a new set, which shares the large array with the
+    Attributes:
+        hashes: Sorted.
+        bits: A bit for each value that the highest bits of a hash can have, set where ``hashes`` has one:
+            at least eight times as many as hashes, few enough for a processor's cache.
+    """
+
+    hashes: Hashes = field(default_factory=lambda: np.empty(0, np.int64))
+    bits: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1, np.uint8))
+
+    def with_added(self, hashes: Hashes) -> SortedHashes:
+        """Return these hashes and more; arrays are copied, never changed."""
+        fresh = np.sort(hashes)
+        merged = np.insert(self.hashes, self.hashes.searchsorted(fresh), fresh)
+        if len(merged) <= len(self.bits):
+            return SortedHashes(merged, _with_set(self.bits, fresh))
+        return SortedHashes(merged, _with_set(np.zeros(1 << len(merged).bit_length(), np.uint8), merged))
+
+    def positions(self, hashes: Hashes) -> NDArray[np.intp]:
+        """Return where in ``hashes`` there is one of these, ascending."""
+        places, masks = _places(self.bits, hashes)
+        possible = np.flatnonzero(self.bits[places] & masks)
+        asked = hashes[possible]
+        found = self.hashes.searchsorted(asked)
+        return np.asarray(possible[self.hashes[np.minimum(found, len(self.hashes) - 1)] == asked])
+
+
+@dataclass(frozen=True)
+class AnchorSet:
+    """Hashes of anchors, about 9 bytes each, to be asked for all windows of a prompt at once.
+
+    It never changes, so readers need no lock: adding gives a new set, which shares the large arrays with the
     old one until 8,192 anchors have come together.
 
     Attributes:
-        base: All but the latest, sorted.
-        recent: The latest, sorted; at most 8,192 in a set that grew by ``with_added``.
+        base: All but the latest.
+        recent: The latest, at most 8,192.
     """
 
-    base: Hashes = field(default_factory=lambda: np.empty(0, np.int64))
-    recent: Hashes = field(default_factory=lambda: np.empty(0, np.int64))
+    base: SortedHashes = field(default_factory=SortedHashes)
+    recent: SortedHashes = field(default_factory=SortedHashes)
 
     def __len__(self) -> int:
-        return len(self.base) + len(self.recent)
+        return len(self.base.hashes) + len(self.recent.hashes)
 
     @property
     def num_bytes(self) -> int:
         """Memory that the arrays take."""
-        return self.base.nbytes + self.recent.nbytes
+        return sum(part.hashes.nbytes + part.bits.nbytes for part in (self.base, self.recent))
 
     def with_added(self, hashes: Hashes) -> AnchorSet:
         """Return a set with more anchors; the cost is that of the recent ones, now and then of all."""
-        recent = np.sort(np.concatenate([self.recent, hashes]))
-        if len(recent) <= _MAX_RECENT:
-            return AnchorSet(self.base, recent)
-        if not len(self.base):
-            return AnchorSet(recent)
-        return AnchorSet(np.insert(self.base, self.base.searchsorted(recent), recent))
+        if len(self.recent.hashes) + len(hashes) <= _MAX_RECENT:
+            return AnchorSet(self.base, self.recent.with_added(hashes))
+        return AnchorSet(self.base.with_added(np.concatenate([self.recent.hashes, hashes])))
 
     def positions(self, hashes: Hashes) -> NDArray[np.intp]:
         """Return where in ``hashes`` anchors stand, ascending."""
-        order = hashes.argsort()  # neighbours in order are neighbours in memory: many times faster to look up
-        ordered = hashes[order]
-        return np.sort(order[_are_in(self.base, ordered) | _are_in(self.recent, ordered)])
+        return np.union1d(self.base.positions(hashes), self.recent.positions(hashes))
 
 
-def _are_in(known: Hashes, hashes: Hashes) -> NDArray[np.bool_]:
-    if not len(known):
-        return np.zeros(len(hashes), np.bool_)
-    places = known.searchsorted(hashes)
-    np.minimum(places, len(known) - 1, out=places)
-    return np.asarray(known[places] == hashes)
+def _places(bits: NDArray[np.uint8], hashes: Hashes) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Return which byte of ``bits``, and which bit of it, stands for each hash."""
+    num_low = 64 - (len(bits).bit_length() - 1 + 3)  # as many bits of a hash as do not count
+    places = (hashes.view(np.uint64) >> np.uint64(num_low)).view(np.int64)
+    return places >> 3, _MASKS[places & 7]
+
+
+def _with_set(bits: NDArray[np.uint8], hashes: Hashes) -> NDArray[np.uint8]:
+    bits = bits.copy()
+    np.bitwise_or.at(bits, *_places(bits, hashes))
+    return bits

@@ -102,15 +102,14 @@ class Matcher:
         return _in_characters(data, sorted([*whole, *cut], key=lambda span: span.start))
 
     def _known(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield where registered texts may begin: wherever the anchor of one stands."""
+        """Yield where registered texts may begin, by their anchors; below 0 if one lost its head."""
         hashes = window_hashes(data)
         positions = self._registry.anchors.positions(hashes)
         anchors = hashes[positions].tolist()
         texts = self._registry.texts_of(set(anchors)) if anchors else {}
         for position, anchor in zip(positions.tolist(), anchors, strict=True):
             for known in texts.get(anchor, ()):
-                if known.anchor_offset <= position:
-                    yield position - known.anchor_offset, known.text
+                yield position - known.anchor_offset, known.text
 
     def _hinted(self, data: bytes, hints: Iterable[str]) -> Iterator[tuple[int, bytes]]:
         """Yield where hints, or long beginnings of them, stand."""

@@ -62,8 +62,8 @@ class PassageRegistry:
     text; one passage may be registered in several forms. White space around a text does not count. Texts
     below 48 bytes are not kept: they are short to compute, and too easily found where they are not meant.
 
-    What is added is known to every reader's next look-up, whichever process added it. Memory is 8 bytes per
-    text; the texts themselves stay on disk.
+    What is added is known to every reader's next look-up, whichever process added it. Memory is about 9 bytes
+    per text; the texts themselves stay on disk.
 
     Args:
         directory: Where ``texts.sqlite`` is kept; made if missing.
@@ -161,7 +161,7 @@ class PassageRegistry:
         if version == self._seen_version:
             return
         before, self._anchors = self._anchors, self._anchors.with_added(self._new_anchors())
-        has_merged = len(self._anchors.base) > len(before.base)
+        has_merged = self._anchors.base is not before.base
         if has_merged and len(self._anchors) > 2 * self._reader.value("SELECT count(*) FROM texts"):
             self._seen_row = 0  # most of them belong to removed texts: start over
             self._anchors = AnchorSet().with_added(self._new_anchors())

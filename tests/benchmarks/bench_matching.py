@@ -2,16 +2,17 @@
 
     python tests/benchmarks/bench_matching.py
 
-What: registries of 1,000, 100,000 and 1,000,000 texts, each in SQLite in a temporary folder. A prompt holds an
-instruction, 20 registered passages of about 1.1 KiB with their headers, separators, and a question; the
+What: registries of 1,000, 100,000 and 1,000,000 texts, each in SQLite in a temporary folder. A prompt holds
+an instruction, 20 registered passages of about 1.1 KiB with their headers, separators, and a question; the
 matcher finds them on one core. Timed is the whole of ``Matcher.find``: hashing every window, looking it up,
 reading the texts, comparing them. Median of 100 calls after ten to warm up. ``cut`` is the same prompt with
-every passage cut in half, ``hinted`` with all 20 given as hints to a matcher that knows none of them. Memory
-is that of the arrays that stay in memory. Opening is the first look-up of a fresh process.
+every passage cut in half; ``hinted`` has all 20 given as hints to a matcher that knows none of them. Memory
+is that of the arrays that stay in memory. Opening is the first look-up of a registry that was just opened.
 
-How it can mislead: passages that are not in the prompt are short (200 bytes), so that a million of them are made in
-about a minute; their length matters for the disk only. Texts are random words, so few windows repeat; a
-corpus of near-duplicates compares more candidates. The prompt's own 20 texts are in SQLite's cache.
+How it can mislead: passages that are not in the prompt are short (200 bytes), so that a million of them are
+made in a few minutes; their length matters for the disk only. Texts are random words, so few windows repeat;
+a corpus of near-duplicates compares more candidates. The prompt's own texts are in the page cache. Adding
+one passage is mostly waiting for the disk to confirm it.
 
 Other numbers of passages: ``--sizes 1000 5000``.
 """
