@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rag_blockcache import attention as grouped_attention
 from rag_blockcache.layers import find_layers
 
 FORMAT_VERSION = 1  # of the KV states; a new one makes every stored block a miss
@@ -54,6 +55,9 @@ class Model:
         weight = cast(Tensor, network.get_input_embeddings().weight)
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
+        # Others look for the names that they know, and would not call ours.
+        self._takes_any_attention = bool(getattr(network, "_supports_attention_backend", False))
+        grouped_attention.register()
         with self.inference():
             self.layers = find_layers(network)
         self._regime_bound, self._regime_kind = _regime_of(self.config)
@@ -132,14 +136,18 @@ class Model:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Hold the lock and switch dropout off, inside this block only."""
+        """Hold the lock, switch dropout off, and use our attention on a CPU, inside this block only."""
         with self.lock:
             training = [m for m in self.network.modules() if m.training] if self.network.training else []
+            attention = self.config._attn_implementation
             for module in training:
                 module.training = False
+            if attention == "sdpa" and self.device.type == "cpu" and self._takes_any_attention:
+                self.config._attn_implementation = grouped_attention.NAME
             try:
                 yield
             finally:
+                self.config._attn_implementation = attention
                 for module in training:
                     module.training = True
 

@@ -31,8 +31,8 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
     """The entries of a disk store, in one SQLite database that threads and processes share.
 
     diskcache maps block ids to files; it neither evicts nor counts here. ``Usage`` holds what eviction
-    needs to know of each block, ``Pins`` the ids it passes over, ``Clock`` its clock, ``Budget`` its bound. Whatever belongs
-    together is changed in one transaction, and files are deleted only after it.
+    needs to know of each block, ``Pins`` the ids it passes over, ``Clock`` its clock, ``Budget`` its
+    bound. Whatever belongs together is changed in one transaction, and files are deleted only after it.
 
     Raises:
         StoreError: From every method, if the database is damaged or stays locked for a minute.
@@ -100,7 +100,7 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
         return int(self._rows("SELECT value FROM Settings WHERE key = 'size'")[0][0])
 
     def budget(self, num_bytes: int | None) -> int | None:
-        """Record a budget for all files, or return the one on record if None is given; None if there is none."""
+        """Record a budget for all files; given None, return the one on record, or None."""
         recorded = self._rows("SELECT num_bytes FROM Budget")
         if num_bytes is None:
             return int(recorded[0][0]) if recorded else None

@@ -1,0 +1,57 @@
+"""Attention over a long context on a CPU, without a copy of it for every query head.
+
+Where query heads share keys and values, transformers copies both once for each query head as soon as there is
+a mask. Over a long context that copy, and reading it, costs more than it saves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "rag_blockcache"
+_PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"}
+
+
+def register() -> None:
+    """Make the attention known to transformers by ``NAME``; a model uses it only inside passes of ours."""
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend as SDPA does in transformers, but let the query heads of a group read the same keys and values.
+
+    Args:
+        module: The attention layer.
+        query: ``(batch, num_heads, num_queries, head_dim)``.
+        key: ``(batch, num_kv_heads, num_slots, head_dim)``.
+        value: Same shape.
+        attention_mask: ``(batch, 1, num_queries, num_slots)``; None for the causal mask.
+        options: What the layer asks for; anything unusual is left to transformers.
+
+    Returns:
+        ``(batch, num_queries, num_heads, head_dim)``, and None for the weights.
+    """
+    is_grouped = query.shape[1] > key.shape[1] and query.shape[2] > 1
+    is_plain = all(
+        name in _PLAIN or not value for name, value in options.items() if not isinstance(value, Tensor)
+    )
+    if attention_mask is None or not is_grouped or not is_plain or options.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=options.get("scaling"), enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
