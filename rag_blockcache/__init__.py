@@ -1,10 +1,13 @@
 """Answers over retrieved passages with the first token early: passages are prefilled once.
 
-Modules in reading order: ``passages`` (texts and their tokens), ``prompt`` (chat template to segments),
-``kv_states`` and ``rotary`` (what is stored, and how it moves), ``model`` (what we need to know of a
-transformers model), ``encoder`` (blocks to KV states), ``store`` (memory and disk), ``assembler`` (KV states
-to a context), ``reuse`` (how much is computed again), ``generator`` (context to tokens), ``block_cache``
-(the public face). Beside them: ``retriever``, ``manifest`` and ``jobs`` (documents to a prefilled index).
+Modules in reading order: ``passages`` (texts and their tokens), ``prompt`` (chat template to segments), with
+``passage_format``, ``chat_template`` and ``plain_text``; ``kv_states`` and ``rotary`` (what is stored, and
+how it moves); ``layers``, ``model`` and ``loading`` (what we need to know of a transformers model);
+``encoder`` (blocks to KV states); ``store`` (memory and disk); ``assembler`` (KV states to a context);
+``reuse``, ``plan`` and ``planner`` (which slots are computed again); ``generator`` (context to tokens);
+``block_source``, ``prefiller`` and ``block_cache`` (the public face). Beside them: ``retriever``,
+``manifest`` and ``jobs`` (documents to a prefilled index), ``matcher`` (known passages in any prompt),
+``evaluation`` (measurements), ``cli``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ its position) or *computed* (a forward pass writes them). Computed slots may sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import KVStates, empty
 from rag_blockcache.layers import Layer
 from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles, rotate_keys
@@ -40,6 +40,23 @@ class _Run:
     values: Tensor
 
 
+@dataclass
+class _Cursor:
+    """Where a pass writes, and what it sees; known to a context and to its layers.
+
+    Were it in the context itself, layers would have to know the context, and neither would be freed before
+    the next run of the cyclic collector.
+    """
+
+    slots: Tensor | slice = field(default_factory=lambda: slice(0, 0))
+    end: int = 0
+
+    @property
+    def start(self) -> int:
+        """Number of slots that the pass finds filled before the first one it writes."""
+        return self.slots.start if isinstance(self.slots, slice) else self.end
+
+
 class Context(Cache):
     """Preallocated keys and values of a batch of prompts, usable as a cache of transformers.
 
@@ -55,8 +72,7 @@ class Context(Cache):
     def __init__(self, model: Model, lengths: Sequence[int], *, room: int = 0, scratch: int = 0) -> None:
         self.length = scratch + max(lengths)  # slots in use; all rows end here
         self.starts = [self.length - length for length in lengths]
-        self._slots: Tensor | slice = slice(0, 0)
-        self._end = 0
+        self._cursor = _Cursor()
         self._lock = model.lock
         self._runs = list(_allocate(model, len(lengths), self.length + room))
         for run in self._runs:
@@ -64,7 +80,7 @@ class Context(Cache):
                 run.keys[:, row, :, :start] = 0
                 run.values[:, row, :, :start] = 0
         self._context_layers = [
-            _ContextLayer(self, run.keys[i], run.values[i])
+            _ContextLayer(self._cursor, run.keys[i], run.values[i])
             for run in self._runs
             for i in range(run.stop - run.start)
         ]
@@ -99,7 +115,7 @@ class Context(Cache):
             slots: A slice of slots for all rows alike, or the slots of each row, ``(batch, num_queries)``.
             end: The pass attends to slots before this one.
         """
-        self._slots, self._end = slots, end
+        self._cursor.slots, self._cursor.end = slots, end
         capacity = self._context_layers[0].keys.shape[-2]
         if end > capacity:
             for layer in self._context_layers:
@@ -111,11 +127,11 @@ class Context(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of slots that the next pass finds filled before the first one it writes."""
-        return self._slots.start if isinstance(self._slots, slice) else self._end
+        return self._cursor.start
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return the number of slots that a pass attends to, and the first of them."""
-        return self._end, 0
+        return self._cursor.end, 0
 
     def crop(self, max_length: int) -> None:
         """Forget the last slots, as assisted decoding asks for when it takes back rejected tokens.
@@ -124,7 +140,7 @@ class Context(Cache):
             max_length: As a negative number, how many to forget; 0 for none. Otherwise, how many to keep.
         """
         self.length = self.length + max_length if max_length <= 0 else min(self.length, max_length)
-        self._slots = slice(self.length, self.length)
+        self._cursor.slots = slice(self.length, self.length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, as beam search asks for."""
@@ -149,9 +165,9 @@ class _ContextLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, context: Context, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, cursor: _Cursor, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._context = context
+        self._cursor = cursor
         self.keys, self.values = keys, values  # (batch, num_kv_heads, num_slots, head_dim)
         self.is_initialized = True
 
@@ -160,7 +176,7 @@ class _ContextLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write computed states into their slots."""
-        slots, end = self._context._slots, self._context._end
+        slots, end = self._cursor.slots, self._cursor.end
         if isinstance(slots, slice):
             self.keys[:, :, slots] = key_states
             self.values[:, :, slots] = value_states
@@ -179,11 +195,11 @@ class _ContextLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of slots that a pass attends to, and the first of them."""
-        return self._context._end, 0
+        return self._cursor.end, 0
 
     def get_seq_length(self) -> int:
         """Return the number of filled slots."""
-        return self._context.get_seq_length()
+        return self._cursor.start
 
     def get_max_length(self) -> int:
         """Return -1: a context grows."""
@@ -195,7 +211,7 @@ def _allocate(model: Model, num_rows: int, num_slots: int) -> Iterator[_Run]:
     for _, group in groupby(model.layers, key=lambda layer: (layer.device, layer.rotary)):
         members = list(group)
         shape = (len(members), num_rows, model.num_kv_heads, num_slots, model.head_dim)
-        keys, values = (torch.empty(shape, dtype=model.dtype, device=members[0].device) for _ in range(2))
+        keys, values = (empty(shape, model.dtype, members[0].device) for _ in range(2))
         yield _Run(index, index + len(members), members[0], keys, values)
         index += len(members)
 

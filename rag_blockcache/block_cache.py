@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from rag_blockcache.answers import (
     AnswerStream,
     PrefillProgress,
     PrefillReport,
-    PrefillTally,
     finished,
 )
 from rag_blockcache.assembler import Context
 from rag_blockcache.block_source import BlockSource
 from rag_blockcache.break_even import BreakEven
 from rag_blockcache.chat_template import Message
-from rag_blockcache.errors import ContextTooLongError, InvalidInputError
+from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
 from rag_blockcache.kv_states import KVStates
@@ -35,13 +33,13 @@ from rag_blockcache.monitor import Monitor
 from rag_blockcache.passage_format import PassageFormat
 from rag_blockcache.passages import Block, Passage, as_passages
 from rag_blockcache.plan import Plan
-from rag_blockcache.prompt import Prompt, Segment
-from rag_blockcache.reuse import FULL, choose_policy, parse_policy
+from rag_blockcache.planner import Planner
+from rag_blockcache.prefiller import prefill_passages
+from rag_blockcache.prompt import Prompt
+from rag_blockcache.reuse import FULL
 from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
 from rag_blockcache.text_stream import text_pieces, whole_text
-
-_GROUP = 1024  # passages whose tokens are looked at together, so that rows of a batch are alike in length
 
 
 class BlockCache:
@@ -108,9 +106,10 @@ class BlockCache:
         self._blocks = BlockSource(
             self.model, self.store, fingerprint=self.fingerprint, condition_on_preamble=condition_on_preamble
         )
+        self._planner = Planner(self.model, self.prompt, self._blocks)
         self._break_even = BreakEven(self.model)
         # Every prompt needs it; those of other system prompts come and go like passages.
-        self.store.pin([self._blocks.block(self._usual_preamble()).block_id])
+        self.store.pin([self._blocks.block(self._planner.usual_preamble()).block_id])
 
     def __enter__(self) -> BlockCache:
         return self
@@ -141,12 +140,7 @@ class BlockCache:
 
     def block(self, passage: str | Passage) -> Block:
         """Return the tokens and the name of a passage's block; nothing is encoded."""
-        token_ids = self.prompt.passage_tokens(as_passages([passage])[0])
-        return self._blocks.block(token_ids, preamble=self._usual_preamble())
-
-    def _usual_preamble(self) -> tuple[int, ...]:
-        """Return the tokens before the passages in a prompt without system prompt, history or tools."""
-        return self.prompt.segments("?", [Passage("?")])[0].token_ids
+        return self._planner.blocks(as_passages([passage]))[0]
 
     # Encoding
 
@@ -172,40 +166,7 @@ class BlockCache:
             ContextTooLongError: If a passage does not fit the context window; what was stored by then stays.
             OutOfSpaceError: If the disk is full; what was stored stays.
         """
-        if isinstance(passages, str | Passage):
-            raise InvalidInputError("passages must be a sequence; wrap a single passage in a list")
-        tally = PrefillTally(len(passages) if isinstance(passages, Sequence) else None, progress)
-        remaining, room = iter(passages), self.store.room(evicting=evict)
-        stored: list[str] = []
-        while group := as_passages(islice(remaining, _GROUP)):
-            missing = self._missing(group, tally.num_done)
-            tally.skip(len(group) - len(missing))
-            fitting = [
-                block for block in missing if room.take(len(block.token_ids) * self.model.kv_bytes_per_token)
-            ]
-            tally.leave_out(len(missing) - len(fitting))
-            for batch, seconds in self._blocks.encode(fitting, self._usual_preamble()):
-                kept = self.store.put_many(batch, cost_seconds=seconds)
-                tally.add(batch[block_id] for block_id in kept)
-                tally.leave_out(len(batch) - len(kept))
-                stored += kept if room.is_limited else []
-        tally.lose(sum(not self.store.keeps(block_id) for block_id in stored))
-        return tally.report()
-
-    def _missing(self, group: Sequence[Passage], num_before: int) -> list[Block]:
-        """Return the blocks of a group that are not stored, each once."""
-        preamble = self._usual_preamble()
-        missing: dict[str, Block] = {}
-        for index, passage in enumerate(group):
-            block = self._blocks.block(self.prompt.passage_tokens(passage), preamble=preamble)
-            if len(block.token_ids) > self.model.max_length:
-                raise ContextTooLongError(
-                    f"passage {num_before + index} has {len(block.token_ids)} tokens, the context window of "
-                    f"the model is {self.model.max_length}; split it into shorter passages"
-                )
-            if block.block_id not in missing and not self.store.keeps(block.block_id):
-                missing[block.block_id] = block
-        return list(missing.values())
+        return prefill_passages(self._planner, self._blocks, passages, progress=progress, evict=evict)
 
     # Answering
 
@@ -245,7 +206,9 @@ class BlockCache:
         start = time.perf_counter()
         self._check_request(max_new_tokens, options)
         chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
-        plan = self._plan(question, passages, policy, chat, max_new_tokens, start)
+        plan = self._planner.plan(
+            question, passages, chat, policy=policy, max_new_tokens=max_new_tokens, start=start
+        )
         return self._answer([plan], max_new_tokens, options, Monitor())[0]
 
     def stream(
@@ -273,7 +236,9 @@ class BlockCache:
                 "beam search cannot be streamed, its best beam is known at the end; use generate"
             )
         chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
-        plan = self._plan(question, passages, policy, chat, max_new_tokens, start)
+        plan = self._planner.plan(
+            question, passages, chat, policy=policy, max_new_tokens=max_new_tokens, start=start
+        )
         stops = stop_strings(self.model, options)
         return AnswerStream(
             lambda monitor: self._answer([plan], max_new_tokens, options, monitor)[0],
@@ -301,11 +266,7 @@ class BlockCache:
         """
         start = time.perf_counter()
         self._check_request(max_new_tokens, options)
-        requests = [(question, as_passages(passages)) for question, passages in requests]
-        plans = [self._plan(*request, policy, {}, max_new_tokens, start) for request in requests]
-        longest = max((plan.num_tokens for plan in plans), default=0)
-        if len({plan.regime for plan in plans}) > 1:  # the model turns all rows by the angles of the longest
-            plans = [self._plan(*r, policy, {}, max_new_tokens, start, beside=longest) for r in requests]
+        plans = self._planner.plan_batch(requests, policy=policy, max_new_tokens=max_new_tokens, start=start)
         return self._answer(plans, max_new_tokens, options, Monitor()) if plans else []
 
     def first_logits(
@@ -319,7 +280,8 @@ class BlockCache:
             policy: As for ``generate``.
             **chat: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
         """
-        plan = self._plan(question, passages, policy, chat, 0, time.perf_counter())
+        start = time.perf_counter()
+        plan = self._planner.plan(question, passages, chat, policy=policy, max_new_tokens=0, start=start)
         return self._prefill([plan])[1][0, -1].float().cpu()
 
     def score(
@@ -348,52 +310,20 @@ class BlockCache:
         )
         if not token_ids:
             raise InvalidInputError("the continuation is empty; give a text or token ids to score")
-        plan = self._plan(question, passages, policy, chat, 0, time.perf_counter(), token_ids[:-1])
+        plan = self._planner.plan(
+            question,
+            passages,
+            chat,
+            policy=policy,
+            max_new_tokens=0,
+            start=time.perf_counter(),
+            continuation=token_ids[:-1],
+        )
         logits = self._prefill([plan], num_logits=len(token_ids))[1][0]
         log_probabilities = logits.float().log_softmax(dim=-1).cpu()
         return log_probabilities.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
 
     # The stages of a request
-
-    def _plan(
-        self,
-        question: str,
-        passages: Iterable[str | Passage],
-        policy: str,
-        chat: Mapping[str, Any],
-        max_new_tokens: int,
-        start: float,
-        continuation: Sequence[int] = (),
-        beside: int = 0,  # tokens of a longer prompt in the same batch
-    ) -> Plan:
-        """Decide what is placed and what is computed; raise what is wrong with a request before any work."""
-        segments = self.prompt.segments(question, as_passages(passages), **chat)
-        if continuation:
-            segments[-1] = Segment("text", (*segments[-1].token_ids, *continuation))
-        total = sum(len(segment.token_ids) for segment in segments)
-        if total + max_new_tokens > self.model.max_length:
-            raise ContextTooLongError(
-                f"the prompt has {total} tokens and the answer may have {max_new_tokens}, the context window "
-                f"of the model is {self.model.max_length}; pass fewer or shorter passages, or a smaller "
-                "max_new_tokens"
-            )
-        chosen, reason = parse_policy(policy), ""
-        if chosen is None:
-            chosen, reason = choose_policy(self.model.is_block_fine_tuned)
-        regime = self.model.regime(max(total, beside))
-        if regime is None and not chosen.is_full:
-            chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"
-        plan = Plan(segments, chosen, reason, regime or "", is_auto=policy == "auto", start=start)
-        plan.keeps_preamble = not chat.get("chat_history")
-        for index, segment in enumerate(segments):
-            if segment.kind == "passage" and not chosen.is_full:
-                plan.blocks[index] = self._blocks.block(
-                    segment.token_ids, preamble=segments[0].token_ids, regime=plan.regime
-                )
-        if segments[0].token_ids and not chosen.is_full:
-            plan.blocks[0] = self._blocks.block(segments[0].token_ids, regime=plan.regime)
-        plan.match_seconds = time.perf_counter() - start
-        return plan
 
     def _load(self, plan: Plan) -> dict[str, KVStates]:
         """Return the states that a plan places."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import KVStates, empty
 from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles, rotate_keys, unrotate_keys
 
-_CPU_BATCH_TOKENS = 2048  # past this a CPU gains nothing, and its caches overflow (docs/decisions/0006)
+_MAX_BATCH_TOKENS = {"cpu": 2048}  # past this a CPU gains nothing (docs/decisions/0006)
+_MIN_BATCH_TOKENS = 256
 _PADDING_SHARE = 0.04  # of a batch
 _MEMORY_SHARE = 0.2  # of what is free, for the activations of one batch
 
@@ -51,12 +54,20 @@ def encode_blocks(
 
 def batch_size_tokens(model: Model) -> int:
     """Choose how many tokens to encode at once, by the memory that is free."""
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        width = max(model.config.intermediate_size * 3, model.config.hidden_size * 8)
-        per_token = width * model.dtype.itemsize + 2 * model.kv_bytes_per_token
-        return int(min(max(free * _MEMORY_SHARE // per_token, 512), 65536))
-    return _CPU_BATCH_TOKENS
+    hidden = model.config.hidden_size
+    width = max(3 * getattr(model.config, "intermediate_size", 4 * hidden), 8 * hidden)
+    bytes_per_token = width * model.dtype.itemsize + 2 * model.kv_bytes_per_token
+    affordable = _free_bytes(model.device) * _MEMORY_SHARE / bytes_per_token
+    most = _MAX_BATCH_TOKENS.get(model.device.type, 65536)
+    return int(max(_MIN_BATCH_TOKENS, min(affordable, most)))
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # not on macOS
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return math.inf
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -118,8 +129,7 @@ class _Recorder(Cache):
         self._before = before
         self._angles: dict[Any, Angles] = {}
         shape = (model.num_layers, num_rows, model.num_kv_heads, len(positions), model.head_dim)
-        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.empty_like(self.keys)
+        self.keys, self.values = (empty(shape, model.dtype, model.device) for _ in range(2))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens stand before the pass."""

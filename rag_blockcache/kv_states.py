@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,3 +44,15 @@ class KVStates:
     def prefix(self, num_tokens: int) -> KVStates:
         """Return the states of the first tokens, as views: what a causal model keeps of a cut passage."""
         return KVStates(self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens])
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate room for keys or values, without writing to it.
+
+    On a CPU it comes from NumPy, which asks the system for huge pages: with small ones, touching a large
+    buffer for the first time takes several times as long as the copy into it.
+    """
+    if device.type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8)).view(dtype).view(tuple(shape))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import architectures
 import pytest
 import torch
@@ -127,3 +130,14 @@ def test_states_from_the_encoder_need_no_copy_of_the_block(model):
     context = Context(model, [3])
     context.place(0, [Placement(states, 0)], 3)
     assert states.keys.data_ptr() == pointer
+
+
+def test_a_context_is_freed_with_its_last_reference(tiny_model, tiny_tokenizer):
+    context = Context(Model(tiny_model, tiny_tokenizer), [40])
+    gone = weakref.ref(context.layers[0])
+    gc.disable()
+    try:
+        del context
+        assert gone() is None, "the cyclic collector would have to free it, hundreds of megabytes later"
+    finally:
+        gc.enable()

@@ -1,0 +1,124 @@
+"""Requests to plans: the prompt of a question, and which of its slots are placed and which computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rag_blockcache.block_source import BlockSource
+from rag_blockcache.errors import ContextTooLongError
+from rag_blockcache.model import Model
+from rag_blockcache.passages import Block, Passage, as_passages
+from rag_blockcache.plan import Plan
+from rag_blockcache.prompt import Prompt, Segment
+from rag_blockcache.reuse import FULL, choose_policy, parse_policy
+
+
+class Planner:
+    """Plans requests, and raises what is wrong with one before any work.
+
+    Args:
+        model: Sets the context window, and may rule reuse out for long prompts.
+        prompt: Makes prompts.
+        blocks: Names blocks.
+    """
+
+    def __init__(self, model: Model, prompt: Prompt, blocks: BlockSource) -> None:
+        self._model, self._prompt, self._blocks = model, prompt, blocks
+
+    def plan(
+        self,
+        question: str,
+        passages: Iterable[str | Passage],
+        chat: Mapping[str, Any],
+        *,
+        policy: str,
+        max_new_tokens: int,
+        start: float,
+        continuation: Sequence[int] = (),
+        beside: int = 0,
+    ) -> Plan:
+        """Plan one request.
+
+        Args:
+            question: What to answer.
+            passages: Texts to answer from.
+            chat: ``system_prompt``, ``chat_history`` and ``tools``.
+            policy: Name of a policy, or ``auto``.
+            max_new_tokens: Room that the answer needs in the context window.
+            start: ``time.perf_counter()`` when the request came.
+            continuation: Tokens behind the prompt that are computed with it.
+            beside: Tokens of the longest prompt in the same batch.
+
+        Raises:
+            InvalidInputError: If question, passages or policy cannot be used.
+            ContextTooLongError: If prompt and answer exceed the context window.
+        """
+        segments = self._prompt.segments(question, as_passages(passages), **chat)
+        if continuation:
+            segments[-1] = Segment("text", (*segments[-1].token_ids, *continuation))
+        total = sum(len(segment.token_ids) for segment in segments)
+        if total + max_new_tokens > self._model.max_length:
+            raise ContextTooLongError(
+                f"the prompt has {total} tokens and the answer may have {max_new_tokens}, the context window "
+                f"of the model is {self._model.max_length}; pass fewer or shorter passages, or a smaller "
+                "max_new_tokens"
+            )
+        chosen, reason = parse_policy(policy), ""
+        if chosen is None:
+            chosen, reason = choose_policy(self._model.is_block_fine_tuned)
+        regime = self._model.regime(max(total, beside))
+        if regime is None and not chosen.is_full:
+            chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"
+        plan = Plan(segments, chosen, reason, regime or "", is_auto=policy == "auto", start=start)
+        plan.keeps_preamble = not chat.get("chat_history")
+        if not chosen.is_full:
+            plan.blocks = self._name_blocks(segments, plan.regime)
+        plan.match_seconds = time.perf_counter() - start
+        return plan
+
+    def plan_batch(
+        self,
+        requests: Sequence[tuple[str, Iterable[str | Passage]]],
+        *,
+        policy: str,
+        max_new_tokens: int,
+        start: float,
+    ) -> list[Plan]:
+        """Plan requests that are answered together; see ``plan``."""
+        given = [(question, as_passages(passages)) for question, passages in requests]
+
+        def plans(beside: int) -> list[Plan]:
+            return [
+                self.plan(
+                    *request, {}, policy=policy, max_new_tokens=max_new_tokens, start=start, beside=beside
+                )
+                for request in given
+            ]
+
+        found = plans(0)
+        if len({plan.regime for plan in found}) > 1:  # the model turns all rows by the angles of the longest
+            found = plans(max(plan.num_tokens for plan in found))
+        return found
+
+    def blocks(self, passages: Sequence[Passage]) -> list[Block]:
+        """Return tokens and name of the block of each passage in an ordinary prompt."""
+        preamble = self.usual_preamble()
+        return [self._blocks.block(self._prompt.passage_tokens(each), preamble=preamble) for each in passages]
+
+    def usual_preamble(self) -> tuple[int, ...]:
+        """Return the tokens before the passages in a prompt without system prompt, history or tools."""
+        return self._prompt.segments("?", [Passage("?")])[0].token_ids
+
+    def _name_blocks(self, segments: Sequence[Segment], regime: str) -> dict[int, Block]:
+        """Name what can be placed, by index of the segment: passages, and the preamble."""
+        preamble = segments[0].token_ids
+        named = {
+            index: self._blocks.block(segment.token_ids, preamble=preamble, regime=regime)
+            for index, segment in enumerate(segments)
+            if segment.kind == "passage"
+        }
+        if preamble:
+            named[0] = self._blocks.block(preamble, regime=regime)
+        return named
