@@ -29,7 +29,7 @@ class Answer:
         assemble_seconds: Re-encoding positions and placing.
         final_block_seconds: The pass over all computed slots.
         decode_tokens_per_second: After the first token; 0 if there was only one.
-        num_hits: Passages found in the store; none under the policy ``full``, which looks none up.
+        num_hits: Passages found in the store; none where ``full`` was asked for, which looks none up.
         num_misses: Passages that were not, and were encoded and stored.
         num_reused_tokens: Prompt tokens whose keys and values came from the store and were used as they are.
         num_computed_tokens: All other prompt tokens.

@@ -6,7 +6,9 @@ its position) or *computed* (a forward pass writes them). Computed slots may sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rag_blockcache.kv_states import KVStates, empty
+from rag_blockcache.kv_states import KVStates
 from rag_blockcache.layers import Layer
 from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles, rotate_keys
@@ -74,7 +76,8 @@ class Context(Cache):
         self.starts = [self.length - length for length in lengths]
         self._cursor = _Cursor()
         self._lock = model.lock
-        self._runs = list(_allocate(model, len(lengths), self.length + room))
+        self._runs, memory = _allocate(model, len(lengths), self.length + room)
+        weakref.finalize(self, model.buffers.give, memory)
         for run in self._runs:
             for row, start in enumerate(self.starts):  # hidden by masks, but no mask hides a NaN
                 run.keys[:, row, :, :start] = 0
@@ -206,14 +209,19 @@ class _ContextLayer(CacheLayerMixin):
         return -1
 
 
-def _allocate(model: Model, num_rows: int, num_slots: int) -> Iterator[_Run]:
-    index = 0
-    for _, group in groupby(model.layers, key=lambda layer: (layer.device, layer.rotary)):
+def _allocate(model: Model, num_rows: int, num_slots: int) -> tuple[list[_Run], list[Tensor]]:
+    """Return room for all layers, and the memory that it lies in."""
+    runs, memory = [], []
+    for (device, _), group in groupby(model.layers, key=lambda layer: (layer.device, layer.rotary)):
         members = list(group)
         shape = (len(members), num_rows, model.num_kv_heads, num_slots, model.head_dim)
-        keys, values = (empty(shape, model.dtype, members[0].device) for _ in range(2))
-        yield _Run(index, index + len(members), members[0], keys, values)
-        index += len(members)
+        num_bytes = math.prod(shape) * model.dtype.itemsize
+        pair = [model.buffers.take(num_bytes, device) for _ in range(2)]
+        keys, values = (buffer[:num_bytes].view(model.dtype).view(shape) for buffer in pair)
+        start = runs[-1].stop if runs else 0
+        runs.append(_Run(start, start + len(members), members[0], keys, values))
+        memory += pair
+    return runs, memory
 
 
 def _angles(layer: Layer, reach: int, total_length: int) -> Angles | None:

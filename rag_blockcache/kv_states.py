@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,37 @@ class KVStates:
     def prefix(self, num_tokens: int) -> KVStates:
         """Return the states of the first tokens, as views: what a causal model keeps of a cut passage."""
         return KVStates(self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens])
+
+
+class Buffers:
+    """Memory for keys and values that is used again: the next prompt is about as long as the last.
+
+    Memory that a process has never touched costs several times the copy into it, most of all on virtual
+    machines. On a GPU torch keeps its own, so nothing is kept here.
+    """
+
+    def __init__(self, size_limit_bytes: int = 2**30) -> None:
+        self._size_limit_bytes = size_limit_bytes
+        self._spare: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Return at least ``num_bytes`` bytes, uninitialised, as a flat tensor of ``uint8``."""
+        with self._lock:
+            for index, buffer in enumerate(self._spare):
+                if num_bytes <= buffer.nbytes <= 4 * num_bytes and device.type == "cpu":
+                    return self._spare.pop(index)
+        return empty((num_bytes,), torch.uint8, device)
+
+    def give(self, buffers: Sequence[Tensor]) -> None:
+        """Keep buffers that nobody uses any more, the newest first, as far as the limit allows."""
+        with self._lock:
+            spare = [buffer for buffer in (*buffers, *self._spare) if buffer.device.type == "cpu"]
+            self._spare, num_bytes = [], 0
+            for buffer in spare:
+                if num_bytes + buffer.nbytes <= self._size_limit_bytes:
+                    num_bytes += buffer.nbytes
+                    self._spare.append(buffer)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

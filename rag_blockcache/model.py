@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_blockcache import attention as grouped_attention
+from rag_blockcache.kv_states import Buffers
 from rag_blockcache.layers import find_layers
 
 FORMAT_VERSION = 1  # of the KV states; a new one makes every stored block a miss
@@ -42,6 +43,7 @@ class Model:
         fingerprint: Hash of all that KV states depend on beside tokens: weights (adapters included),
             configuration, dtype, tokenizer, format version.
         lock: Held around every forward pass.
+        buffers: Memory for contexts, used again from one to the next.
 
     Raises:
         UnsupportedModelError: If the model cannot be served exactly; the message says why.
@@ -52,6 +54,7 @@ class Model:
         self.tokenizer = tokenizer
         self.config = network.config.get_text_config(decoder=True)
         self.lock = threading.RLock()
+        self.buffers = Buffers()
         weight = cast(Tensor, network.get_input_embeddings().weight)
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device

@@ -12,7 +12,7 @@ import torch
 from rag_blockcache.assembler import Context, Placement
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.generator import Computed, prefill
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import Buffers, KVStates
 from rag_blockcache.model import Model
 
 
@@ -141,3 +141,24 @@ def test_a_context_is_freed_with_its_last_reference(tiny_model, tiny_tokenizer):
         assert gone() is None, "the cyclic collector would have to free it, hundreds of megabytes later"
     finally:
         gc.enable()
+
+
+def test_the_memory_of_a_context_is_used_again(tiny_model, tiny_tokenizer):
+    model = Model(tiny_model, tiny_tokenizer)
+    first = Context(model, [40])
+    places = {layer.keys.data_ptr() for layer in first.layers}
+    other = Context(model, [40])
+    assert not places & {layer.keys.data_ptr() for layer in other.layers}, "both are in use"
+    del first
+    again = Context(model, [38])
+    assert again.layers[0].keys.data_ptr() in places
+    assert again.layers[0].keys.shape[-2] == 38
+
+
+def test_spare_memory_is_bounded_and_not_wasted_on_the_small():
+    buffers = Buffers(size_limit_bytes=1000)
+    large, small = (torch.empty(size, dtype=torch.uint8) for size in (800, 150))
+    buffers.give([large, torch.empty(700, dtype=torch.uint8), small])
+    assert buffers.take(100, torch.device("cpu")) is small
+    assert buffers.take(600, torch.device("cpu")) is large
+    assert buffers.take(600, torch.device("cpu")).nbytes == 600, "the second one was over the limit"
