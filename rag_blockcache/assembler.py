@@ -211,7 +211,8 @@ class _ContextLayer(CacheLayerMixin):
 
 def _allocate(model: Model, num_rows: int, num_slots: int) -> tuple[list[_Run], list[Tensor]]:
     """Return room for all layers, and the memory that it lies in."""
-    runs, memory = [], []
+    runs: list[_Run] = []
+    memory: list[Tensor] = []
     for (device, _), group in groupby(model.layers, key=lambda layer: (layer.device, layer.rotary)):
         members = list(group)
         shape = (len(members), num_rows, model.num_kv_heads, num_slots, model.head_dim)
