@@ -414,7 +414,9 @@ def test_a_budget_for_no_block_at_all_still_makes_an_index_that_answers(
             answer.token_ids
             == other.generate("Who is Ada?", found, max_new_tokens=4, policy="block").token_ids
         )
-    report = run(out, [corpus], cache=BlockCache(tiny_model, out, tokenizer=tiny_tokenizer))
+    # The budget is on record; a larger one takes its place.
+    with closing(BlockCache(tiny_model, out, tokenizer=tiny_tokenizer, disk_budget_bytes=10**9)) as cache:
+        report = run(out, [corpus], cache=cache)
     assert (report.num_encoded_blocks, report.num_pending_blocks, report.failures) == (4, 0, ())
 
 
