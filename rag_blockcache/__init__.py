@@ -16,15 +16,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_blockcache.answers import Answer
     from rag_blockcache.block_cache import BlockCache
     from rag_blockcache.passages import Passage
+    from rag_blockcache.request import Chat, Question, Text
+    from rag_blockcache.shared_cache import SharedCache
 
 _HOMES = {
+    "Answer": "rag_blockcache.answers",
     "BlockCache": "rag_blockcache.block_cache",
+    "Chat": "rag_blockcache.request",
     "Passage": "rag_blockcache.passages",
+    "Question": "rag_blockcache.request",
+    "SharedCache": "rag_blockcache.shared_cache",
+    "Text": "rag_blockcache.request",
 }
 
-__all__ = ["BlockCache", "Passage"]  # the documentation describes exactly these, beside the modules
+__all__ = ["Answer", "BlockCache", "Chat", "Passage", "Question", "SharedCache", "Text"]  # the documentation describes exactly these, beside the modules
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ class Answer:
         num_misses: Passages that were not, and were encoded and stored.
         num_reused_tokens: Prompt tokens whose keys and values came from the store and were used as they are.
         num_computed_tokens: All other prompt tokens.
+        num_stored_tokens: Tokens whose keys and values were computed now and are kept for other prompts.
         policy: The one that was used.
         policy_reason: Why, if it was not asked for by name.
     """
@@ -53,6 +54,12 @@ class Answer:
     num_computed_tokens: int
     policy: str
     policy_reason: str = ""
+    num_stored_tokens: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.num_reused_tokens + self.num_computed_tokens
 
 
 def finished(plan: Plan, decoded: Decoded, text: str, monitor: Monitor) -> Answer:
@@ -75,6 +82,7 @@ def finished(plan: Plan, decoded: Decoded, text: str, monitor: Monitor) -> Answe
         num_computed_tokens=plan.num_tokens - plan.num_reused,
         policy=plan.policy.name,
         policy_reason=plan.policy_reason,
+        num_stored_tokens=plan.num_stored,
     )
 
 
@@ -242,7 +250,11 @@ class AnswerStream(Iterator[str]):
     def __del__(self) -> None:
         self._monitor.cancelled.set()
 
+    def cancel(self) -> None:
+        """Have decoding stop after the current token; does not wait for it."""
+        self._monitor.cancelled.set()
+
     def close(self) -> None:
         """Stop decoding; what was generated so far is in ``answer``."""
-        self._monitor.cancelled.set()
+        self.cancel()
         self._thread.join()

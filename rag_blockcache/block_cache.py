@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,32 @@ from rag_blockcache.answers import (
     finished,
 )
 from rag_blockcache.assembler import Context
-from rag_blockcache.block_source import BlockSource
+from rag_blockcache.async_answers import AsyncAnswerStream
+from rag_blockcache.block_source import Admission, BlockSource
 from rag_blockcache.break_even import BreakEven
-from rag_blockcache.chat_template import Message
-from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.loading import load_model
+from rag_blockcache.matcher import Matcher
 from rag_blockcache.monitor import Monitor
 from rag_blockcache.passage_format import PassageFormat
+from rag_blockcache.passage_registry import PassageRegistry
 from rag_blockcache.passages import Block, Passage, as_passages
 from rag_blockcache.plan import Plan
 from rag_blockcache.planner import Planner
 from rag_blockcache.prefiller import prefill_passages
 from rag_blockcache.prompt import Prompt
+from rag_blockcache.request import Message, Question, Request
 from rag_blockcache.reuse import FULL
 from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
-from rag_blockcache.text_stream import text_pieces, whole_text
+from rag_blockcache.text_stream import no_pieces, text_pieces, whole_text
+
+logger = logging.getLogger(__name__)
+
+_GROUP = 1024  # texts made known in one transaction
 
 
 class BlockCache:
@@ -63,6 +72,8 @@ class BlockCache:
             keeps what is on record, which at first is no bound.
         memory_budget_bytes: Likewise for blocks held in memory; None sets no bound.
         salt: Blocks of one salt are invisible under another (one a tenant).
+        admission: What becomes of a passage that an answer needs and nobody prefilled: ``"always"`` stores
+            its block, ``"frequency"`` keeps it in memory and stores it at its second use, ``"off"`` drops it.
 
     Raises:
         ModelNotFoundError: If the model cannot be found or loaded.
@@ -92,6 +103,7 @@ class BlockCache:
         disk_budget_bytes: int | None = None,
         memory_budget_bytes: int | None = 4 * 2**30,
         salt: str = "",
+        admission: Admission = "always",
     ) -> None:
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
         check_reuse(self.model)
@@ -104,9 +116,14 @@ class BlockCache:
         named = json.dumps([self.model.fingerprint, salt])
         self.fingerprint = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
         self._blocks = BlockSource(
-            self.model, self.store, fingerprint=self.fingerprint, condition_on_preamble=condition_on_preamble
+            self.model,
+            self.store,
+            fingerprint=self.fingerprint,
+            condition_on_preamble=condition_on_preamble,
+            admission=admission,
         )
-        self._planner = Planner(self.model, self.prompt, self._blocks)
+        self._registry = PassageRegistry(directory)
+        self._planner = Planner(self.model, self.prompt, self._blocks, Matcher(self._registry))
         self._break_even = BreakEven(self.model)
         # Every prompt needs it; those of other system prompts come and go like passages.
         self.store.pin([self._blocks.block(self._planner.usual_preamble()).block_id])
@@ -120,6 +137,7 @@ class BlockCache:
     def close(self) -> None:
         """Write what is still in flight, and let go of the store."""
         self.store.close()
+        self._registry.close()
 
     # Naming
 
@@ -132,10 +150,10 @@ class BlockCache:
             **chat: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
 
         Returns:
-            One list a segment; the first (preamble) may be empty. Only the ``template`` format puts
-            segments between passages, where the chat template writes something there.
+            One list a segment; the first (preamble) may be empty. What a format or a chat template writes
+            between passages is a segment of its own.
         """
-        cut = self.prompt.segments(question, as_passages(passages), **chat)
+        cut = self._planner.segments(Question(question, as_passages(passages), **chat))
         return [list(segment.token_ids) for segment in cut]
 
     def block(self, passage: str | Passage) -> Block:
@@ -166,35 +184,52 @@ class BlockCache:
             ContextTooLongError: If a passage does not fit the context window; what was stored by then stays.
             OutOfSpaceError: If the disk is full; what was stored stays.
         """
-        return prefill_passages(self._planner, self._blocks, passages, progress=progress, evict=evict)
+        if isinstance(passages, str | Passage):
+            raise InvalidInputError("passages must be a sequence; wrap a single passage in a list")
+        given = self._registered(passages)
+        total = len(passages) if isinstance(passages, Sized) else None
+        return prefill_passages(
+            self._planner, self._blocks, given, num_total=total, progress=progress, evict=evict
+        )
+
+    def register(self, passages: Iterable[str | Passage]) -> None:
+        """Make texts known, so that they are found in prompts; nothing is encoded before they are.
+
+        Args:
+            passages: Texts as they stand in prompts; white space around them does not count. Those below 48
+                bytes are passed over.
+        """
+        for _ in self._registered(passages):
+            pass
+
+    def forget(self, passages: Iterable[str | Passage]) -> None:
+        """Delete the blocks of passages, and look for their texts no longer; unknown ones are passed over."""
+        given = as_passages(passages)
+        self._registry.remove(passage.text for passage in given)
+        for block in self._planner.blocks(given):
+            self.store.pop(block.block_id, None)
+
+    def _registered(self, passages: Iterable[str | Passage]) -> Iterator[Passage]:
+        """Yield passages, once their texts are known, a group at a time."""
+        remaining = iter(passages)
+        while group := as_passages(islice(remaining, _GROUP)):
+            self._registry.add(passage.text for passage in group)
+            yield from group
 
     # Answering
 
-    def generate(
-        self,
-        question: str,
-        passages: Iterable[str | Passage],
-        *,
-        max_new_tokens: int = 256,
-        policy: str = "auto",
-        system_prompt: str | None = None,
-        chat_history: Sequence[Message] = (),
-        tools: Sequence[Any] | None = None,
-        **options: Any,
+    def answer(
+        self, request: Request, *, max_new_tokens: int = 256, policy: str = "auto", **options: Any
     ) -> Answer:
-        """Answer a question from passages, prefilling only what was never seen before.
+        """Answer a question, a chat or a text, prefilling only what was never seen before.
 
-        A passage whose block is stored is reused (a hit); any other is encoded and stored first (a miss).
+        A passage whose block is stored is reused (a hit); any other is encoded first (a miss).
 
         Args:
-            question: Without a chat template; the tokenizer's is applied.
-            passages: Texts to answer from, in the order in which the model reads them; may be empty.
+            request: A ``Question`` over passages; a ``Chat`` or ``Text``, in which known passages are found.
             max_new_tokens: Decoding stops here or at the end-of-sequence token.
             policy: ``"block"`` reuses blocks as they are, ``"full"`` computes everything with full attention,
                 ``"link-<k>"`` computes the first k tokens of each block again, ``"auto"`` chooses.
-            system_prompt: Goes where the chat template has it.
-            chat_history: Earlier messages, ``{"role": ..., "content": ...}`` each.
-            tools: Handed to the chat template.
             **options: Everything else that transformers' ``generate()`` takes: sampling, ``stop_strings``,
                 ``logits_processor``, ``stopping_criteria`` … An unknown option is an error.
 
@@ -202,64 +237,64 @@ class BlockCache:
             InvalidInputError: If an argument cannot be used.
             ContextTooLongError: If prompt and ``max_new_tokens`` exceed the context window. Nothing has been
                 encoded or stored by then.
-        """
-        start = time.perf_counter()
-        self._check_request(max_new_tokens, options)
-        chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
-        plan = self._planner.plan(
-            question, passages, chat, policy=policy, max_new_tokens=max_new_tokens, start=start
-        )
-        return self._answer([plan], max_new_tokens, options, Monitor())[0]
 
-    def stream(
+        Example:
+            >>> from rag_blockcache import Text
+            >>> with BlockCache(tiny_model, None, tokenizer=tiny_tokenizer) as cache:
+            ...     cache.register(["The lighthouse was built in 1854; its lamp burned whale oil."])
+            ...     prompt = "Lamps: The lighthouse was built in 1854; its lamp burned whale oil. What oil?"
+            ...     answer = cache.answer(Text(prompt), max_new_tokens=4)
+            >>> answer.num_hits, answer.num_misses
+            (0, 1)
+        """
+        return self.answer_batch([request], max_new_tokens=max_new_tokens, policy=policy, **options)[0]
+
+    def stream_answer(
         self,
-        question: str,
-        passages: Iterable[str | Passage],
+        request: Request,
         *,
         max_new_tokens: int = 256,
         policy: str = "auto",
-        system_prompt: str | None = None,
-        chat_history: Sequence[Message] = (),
-        tools: Sequence[Any] | None = None,
+        in_pieces: bool = True,
         **options: Any,
     ) -> AnswerStream:
-        """Answer as ``generate`` does, piece by piece.
+        """Answer as ``answer`` does, piece by piece.
+
+        Args:
+            request: As for ``answer``.
+            max_new_tokens: As for ``answer``.
+            policy: As for ``answer``.
+            in_pieces: Otherwise there are no pieces, only the ``answer`` at the end: for those who want to be
+                able to stop, and nothing more.
+            **options: As for ``answer``.
 
         Returns:
             An iterator over pieces of text; read to its end, it has the ``answer``. Closing it stops
-            decoding.
+            decoding. What is wrong with the request is raised here, before any work.
         """
         start = time.perf_counter()
         self._check_request(max_new_tokens, options)
-        if (setting(self.model, options, "num_beams") or 1) > 1:
+        if in_pieces and (setting(self.model, options, "num_beams") or 1) > 1:
             raise InvalidInputError(
                 "beam search cannot be streamed, its best beam is known at the end; use generate"
             )
-        chat = {"system_prompt": system_prompt, "chat_history": chat_history, "tools": tools}
-        plan = self._planner.plan(
-            question, passages, chat, policy=policy, max_new_tokens=max_new_tokens, start=start
-        )
+        plan = self._planner.plan(request, policy=policy, max_new_tokens=max_new_tokens, start=start)
         stops = stop_strings(self.model, options)
         return AnswerStream(
             lambda monitor: self._answer([plan], max_new_tokens, options, monitor)[0],
-            lambda tokens: text_pieces(self.model, tokens, stops),
+            lambda tokens: text_pieces(self.model, tokens, stops) if in_pieces else no_pieces(tokens),
         )
 
-    def generate_batch(
-        self,
-        requests: Sequence[tuple[str, Iterable[str | Passage]]],
-        *,
-        max_new_tokens: int = 256,
-        policy: str = "auto",
-        **options: Any,
+    def answer_batch(
+        self, requests: Sequence[Request], *, max_new_tokens: int = 256, policy: str = "auto", **options: Any
     ) -> list[Answer]:
-        """Answer several questions together: their final blocks in one pass, their tokens in step.
+        """Answer several requests together: their final blocks in one pass, their tokens in step.
 
         Args:
-            requests: A question and its passages each.
+            requests: Of any kinds.
             max_new_tokens: For each answer.
-            policy: As for ``generate``.
-            **options: As for ``generate``.
+            policy: As for ``answer``.
+            **options: As for ``answer``.
 
         Returns:
             An answer a request, in their order; times to first token are those of the whole batch.
@@ -268,6 +303,54 @@ class BlockCache:
         self._check_request(max_new_tokens, options)
         plans = self._planner.plan_batch(requests, policy=policy, max_new_tokens=max_new_tokens, start=start)
         return self._answer(plans, max_new_tokens, options, Monitor()) if plans else []
+
+    async def aanswer(self, request: Request, **options: Any) -> Answer:
+        """Answer as ``answer`` does, without keeping the event loop; cancelling the task stops decoding."""
+        return await self.astream_answer(request, in_pieces=False, **options).whole()
+
+    def astream_answer(self, request: Request, **options: Any) -> AsyncAnswerStream:
+        """Answer piece by piece, without keeping the event loop.
+
+        Returns:
+            What ``stream_answer`` does, for ``async for``; what is wrong with the request is raised by the
+            first piece.
+        """
+        return AsyncAnswerStream(lambda: self.stream_answer(request, **options))
+
+    def generate(
+        self,
+        question: str,
+        passages: Iterable[str | Passage],
+        *,
+        system_prompt: str | None = None,
+        chat_history: Sequence[Message] = (),
+        tools: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Answer a question from passages: ``answer`` for a ``Question`` of these arguments."""
+        request = Question(question, as_passages(passages), system_prompt, chat_history, tools)
+        return self.answer(request, **options)
+
+    def stream(
+        self,
+        question: str,
+        passages: Iterable[str | Passage],
+        *,
+        system_prompt: str | None = None,
+        chat_history: Sequence[Message] = (),
+        tools: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Answer a question piece by piece: ``stream_answer`` for a ``Question`` of these arguments."""
+        request = Question(question, as_passages(passages), system_prompt, chat_history, tools)
+        return self.stream_answer(request, **options)
+
+    def generate_batch(
+        self, requests: Sequence[tuple[str, Iterable[str | Passage]]], **options: Any
+    ) -> list[Answer]:
+        """Answer several questions, each with its passages: ``answer_batch`` for a ``Question`` each."""
+        questions = [Question(question, as_passages(passages)) for question, passages in requests]
+        return self.answer_batch(questions, **options)
 
     def first_logits(
         self, question: str, passages: Iterable[str | Passage], *, policy: str = "auto", **chat: Any
@@ -281,7 +364,8 @@ class BlockCache:
             **chat: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
         """
         start = time.perf_counter()
-        plan = self._planner.plan(question, passages, chat, policy=policy, max_new_tokens=0, start=start)
+        request = Question(question, as_passages(passages), **chat)
+        plan = self._planner.plan(request, policy=policy, max_new_tokens=0, start=start)
         return self._prefill([plan])[1][0, -1].float().cpu()
 
     def score(
@@ -311,9 +395,7 @@ class BlockCache:
         if not token_ids:
             raise InvalidInputError("the continuation is empty; give a text or token ids to score")
         plan = self._planner.plan(
-            question,
-            passages,
-            chat,
+            Question(question, as_passages(passages), **chat),
             policy=policy,
             max_new_tokens=0,
             start=time.perf_counter(),
@@ -339,8 +421,12 @@ class BlockCache:
 
     def _prefill(
         self, plans: Sequence[Plan], *, room: int = 0, num_logits: int = 1
-    ) -> tuple[Context, Tensor]:
-        """Load, assemble and prefill; return the context and logits ``(batch, num_logits, vocab_size)``."""
+    ) -> tuple[Context, Tensor, list[dict[str, KVStates]]]:
+        """Load, assemble and prefill.
+
+        Returns:
+            The context, logits ``(batch, num_logits, vocab_size)``, and the states that each plan placed.
+        """
         states = [self._load(plan) for plan in plans]
         start = time.perf_counter()
         lengths = [plan.num_tokens for plan in plans]
@@ -352,12 +438,12 @@ class BlockCache:
         for plan in plans:
             plan.assemble_seconds = assembled - start
             plan.final_block_seconds = time.perf_counter() - assembled
-        return context, logits
+        return context, logits, states
 
     def _answer(
         self, plans: Sequence[Plan], max_new_tokens: int, options: Mapping[str, Any], monitor: Monitor
     ) -> list[Answer]:
-        context, logits = self._prefill(plans, room=max_new_tokens)
+        context, logits, states = self._prefill(plans, room=max_new_tokens)
         decoded = decode(
             self.model,
             context,
@@ -367,11 +453,22 @@ class BlockCache:
             monitor=monitor,
             options=options,
         )
+        for plan, placed in zip(plans, states, strict=True):
+            self._learn(plan, placed)
         stops = stop_strings(self.model, options)
         texts = [whole_text(self.model, row.token_ids, stops) for row in decoded]
         return [
             finished(plan, row, text, monitor) for plan, row, text in zip(plans, decoded, texts, strict=True)
         ]
+
+    def _learn(self, plan: Plan, states: Mapping[str, KVStates]) -> None:
+        """Keep for later prompts what a request brought, now that nobody waits for its first token."""
+        self._blocks.promote(plan, states)
+        if self._blocks.admission != "off" and (texts := plan.new_texts()):
+            try:
+                self._registry.add(texts)
+            except OutOfSpaceError as error:
+                logger.warning("%d texts were not made known: %s", len(texts), error)
 
     def _check_request(self, max_new_tokens: int, options: Mapping[str, Any]) -> None:
         """Raise what is wrong with the options of a request before any work."""

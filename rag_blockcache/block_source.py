@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, get_args
 
 from rag_blockcache.encoder import encode_blocks
-from rag_blockcache.errors import OutOfSpaceError
+from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.model import Model
 from rag_blockcache.passages import Block, block_id
@@ -15,6 +16,10 @@ from rag_blockcache.plan import Plan
 from rag_blockcache.store import TieredStore
 
 logger = logging.getLogger(__name__)
+
+Admission = Literal["always", "frequency", "off"]
+
+_MAX_ON_PROBATION = 100_000  # names
 
 
 class BlockSource:
@@ -25,14 +30,29 @@ class BlockSource:
         store: Keeps what was encoded.
         fingerprint: All that states depend on beside tokens.
         condition_on_preamble: Whether blocks also attend to the preamble of their prompt.
+        admission: What becomes of blocks that an answer needed and nobody had prefilled: ``always`` stores
+            them, ``frequency`` keeps them in memory and stores them at their second use, ``off`` drops them.
+
+    Raises:
+        InvalidInputError: If there is no such admission.
     """
 
     def __init__(
-        self, model: Model, store: TieredStore, *, fingerprint: str, condition_on_preamble: bool = False
+        self,
+        model: Model,
+        store: TieredStore,
+        *,
+        fingerprint: str,
+        condition_on_preamble: bool = False,
+        admission: Admission = "always",
     ) -> None:
+        if admission not in get_args(Admission):
+            raise InvalidInputError(f"admission {admission!r} is unknown; use one of {get_args(Admission)}")
         self.model, self.store = model, store
         self.fingerprint = fingerprint
         self.condition_on_preamble = condition_on_preamble
+        self.admission = admission
+        self._on_probation: dict[str, float] = {}  # in memory alone: seconds to encode, by name
 
     def block(self, token_ids: Sequence[int], *, preamble: Sequence[int] = (), regime: str = "") -> Block:
         """Name a block of these tokens in a prompt with this preamble."""
@@ -49,19 +69,28 @@ class BlockSource:
         return states
 
     def encode_missing(self, plan: Plan) -> dict[str, KVStates]:
-        """Encode and store those blocks of a plan that were not found; return their states."""
+        """Encode those blocks of a plan that were not found, admit them, and return their states."""
         start = time.perf_counter()
         missing = {b.block_id: b for b in plan.blocks.values() if b.block_id not in plan.found}
         preamble = plan.segments[0].token_ids
         encoded: dict[str, KVStates] = {}
         first = plan.blocks.get(0)
         if first is not None and missing.pop(first.block_id, None) is not None:
-            encoded[first.block_id] = self._preamble(preamble, plan.regime, keep=plan.keeps_preamble)
+            encoded[first.block_id] = self._preamble(preamble, plan.regime, is_shared=plan.shares_preamble)
         for batch, seconds in self.encode(list(missing.values()), preamble, plan.regime):
             encoded |= batch
-            self._keep(batch, seconds)
+            self._admit(batch, seconds, self.admission)
+        if self.admission != "off":
+            plan.num_stored = sum(states.num_tokens for states in encoded.values())
         plan.encode_seconds = time.perf_counter() - start
         return encoded
+
+    def promote(self, plan: Plan, states: Mapping[str, KVStates]) -> None:
+        """Store what a plan found in memory alone: it has been used for the second time."""
+        for name in plan.found & self._on_probation.keys():
+            seconds = self._on_probation.pop(name, None)
+            if seconds is not None:
+                self._store({name: states[name]}, seconds)
 
     def encode(
         self, blocks: Sequence[Block], preamble: Sequence[int] = (), regime: str = ""
@@ -77,18 +106,29 @@ class BlockSource:
             yield states, time.perf_counter() - start
             start = time.perf_counter()
 
-    def _preamble(self, preamble: Sequence[int], regime: str, *, keep: bool = True) -> KVStates:
+    def _preamble(self, preamble: Sequence[int], regime: str, *, is_shared: bool = True) -> KVStates:
+        """Return the states of a preamble; one that few prompts share is not stored at its first use."""
         name = self.block(preamble, regime=regime).block_id
         states = self.store.get(name)
         if states is None:
             start = time.perf_counter()
             [[(_, states)]] = encode_blocks(self.model, [preamble], regime=regime)
-            if keep:
-                self._keep({name: states}, time.perf_counter() - start)
+            admission = "frequency" if self.admission == "always" and not is_shared else self.admission
+            self._admit({name: states}, time.perf_counter() - start, admission)
         return states
 
-    def _keep(self, states: Mapping[str, KVStates], seconds: float) -> None:
-        """Store blocks that an answer needed; a full disk must not cost the answer."""
+    def _admit(self, states: Mapping[str, KVStates], seconds: float, admission: Admission) -> None:
+        """Keep blocks that an answer needed, where the admission says."""
+        if admission == "always" or (admission == "frequency" and self.store.disk is None):
+            self._store(states, seconds)
+        elif admission == "frequency" and self.store.memory is not None:
+            kept = self.store.memory.put_many(states, cost_seconds=seconds)
+            self._on_probation.update(dict.fromkeys(kept, seconds / len(states)))
+            while len(self._on_probation) > _MAX_ON_PROBATION:
+                self._on_probation.pop(next(iter(self._on_probation)), None)
+
+    def _store(self, states: Mapping[str, KVStates], seconds: float) -> None:
+        """Store blocks; a full disk must not cost the answer."""
         try:
             self.store.put_many(states, cost_seconds=seconds)
         except OutOfSpaceError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.passages import Passage
-
-Message = Mapping[str, Any]
+from rag_blockcache.passages import Excerpt, Passage
+from rag_blockcache.request import Message
 
 
 class Marks:
@@ -23,9 +22,9 @@ class Marks:
 
     def __init__(self) -> None:
         self._nonce = secrets.token_hex(8)
-        self.texts: list[str | Passage] = []
+        self.texts: list[str | Passage | Excerpt] = []
 
-    def add(self, text: str | Passage) -> str:
+    def add(self, text: str | Passage | Excerpt) -> str:
         """Return a placeholder for a text."""
         self.texts.append(text)
         return f"MARK{self._nonce}N{len(self.texts) - 1}E"

@@ -44,6 +44,8 @@ class KVStates:
 
     def prefix(self, num_tokens: int) -> KVStates:
         """Return the states of the first tokens, as views: what a causal model keeps of a cut passage."""
+        if num_tokens == self.num_tokens:
+            return self
         return KVStates(self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens])
 
 

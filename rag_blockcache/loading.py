@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rag_blockcache.errors import InvalidInputError, MissingDependencyError, ModelNotFoundError
 from rag_blockcache.model import Model
@@ -55,6 +62,42 @@ def load_model(
     if isinstance(tokenizer, str | Path):
         tokenizer = _load_tokenizer(str(tokenizer))
     return Model(network, tokenizer)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model without its weights.
+
+    Attributes:
+        tokenizer: As it will be used.
+        max_length: Context window in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+def model_card(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
+) -> ModelCard:
+    """Read configuration and tokenizer of a model; see ``load_model``.
+
+    Raises:
+        ModelNotFoundError: If one of them cannot be found or read.
+    """
+    if isinstance(model, PreTrainedModel):
+        config: Any = model.config
+    else:
+        try:
+            config = AutoConfig.from_pretrained(str(model))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelNotFoundError(
+                f"cannot read the configuration of model {model}: {_first_line(error)}; "
+                "give a hub id, or a folder with config.json and weights"
+            ) from error
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        tokenizer = _load_tokenizer(str(tokenizer or model))
+    return ModelCard(tokenizer, int(config.get_text_config(decoder=True).max_position_embeddings))
 
 
 def _load_network(

@@ -19,6 +19,8 @@ class PassageFormat:
         passage: One passage that has a title; ``{title}`` and ``{text}`` are filled in.
         untitled: One passage that has none.
         question: Stands after the passages; ``{question}`` is filled in.
+        separator: Stands behind each passage, and is computed as part of the prompt. With one, a block holds
+            no white space at its ends.
     """
 
     name: str
@@ -26,12 +28,14 @@ class PassageFormat:
     passage: str
     untitled: str
     question: str
+    separator: str = ""
 
     def render(self, passage: Passage) -> str:
         """Return the text of one passage as the model reads it."""
         filled = {"{title}": passage.title, "{text}": passage.text}
         template = self.passage if passage.title else self.untitled
-        return re.sub(r"\{title\}|\{text\}", lambda place: filled[place[0]], template)
+        shown = re.sub(r"\{title\}|\{text\}", lambda place: filled[place[0]], template)
+        return shown.strip() if self.separator else shown
 
     def ask(self, question: str) -> str:
         """Return the question as the model reads it."""
@@ -59,9 +63,18 @@ PLAIN = PassageFormat(
     untitled="{text}\n\n",
     question="Question: {question}",
 )
+# The text of a passage and nothing else, which is how frameworks show it: blocks are found in any prompt.
+VERBATIM = PassageFormat(
+    name="verbatim",
+    instruction=PLAIN.instruction,
+    passage="{text}",
+    untitled="{text}",
+    question=PLAIN.question,
+    separator="\n\n",
+)
 # Hands the passages to a chat template that reads ``documents=`` (Granite, Command R); see ``prompt.Prompt``.
 TEMPLATE = PassageFormat(name="template", instruction="", passage="", untitled="", question="{question}")
-FORMATS = {chosen.name: chosen for chosen in (PAPER, PLAIN, TEMPLATE)}
+FORMATS = {chosen.name: chosen for chosen in (PAPER, PLAIN, VERBATIM, TEMPLATE)}
 
 
 def format_named(chosen: str | PassageFormat) -> PassageFormat:

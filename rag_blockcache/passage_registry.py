@@ -66,7 +66,8 @@ class PassageRegistry:
     per text; the texts themselves stay on disk.
 
     Args:
-        directory: Where ``texts.sqlite`` is kept; made if missing.
+        directory: Where ``texts.sqlite`` is kept; made if missing. None keeps the texts in memory, for this
+            process alone.
 
     Raises:
         StoreError: If the file there is foreign, damaged, or of another format version.
@@ -79,15 +80,18 @@ class PassageRegistry:
         (1, True, 1)
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        path = Path(directory) / FILE_NAME
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"no texts can be kept in {directory} ({error}); choose another") from error
-        # Two connections, so that a look-up never waits for somebody who adds.
-        self._writer, self._write_lock = _open(path), threading.Lock()
-        self._reader, self._read_lock = _open(path), threading.Lock()
+    def __init__(self, directory: Path | str | None) -> None:
+        path = Path(":memory:" if directory is None else directory)
+        if directory is not None:
+            try:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"no texts can be kept in {directory} ({error}); choose another") from error
+            path /= FILE_NAME
+        self._writer, self._write_lock = _open(path), threading.RLock()
+        self._reader, self._read_lock = self._writer, self._write_lock
+        if directory is not None:  # a connection of its own, so that a look-up never waits for who adds
+            self._reader, self._read_lock = _open(path), threading.RLock()
         self._anchors = AnchorSet()
         self._seen_version: int | None = None
         self._seen_row = 0
@@ -113,6 +117,7 @@ class PassageRegistry:
         while batch := list(itertools.islice(long_enough, _PER_TRANSACTION)):
             with self._write_lock, self._writer.transaction() as connection:
                 num_added += sum(_insert(connection, text) for text in batch)
+            self._note_change()
         return num_added
 
     def remove(self, texts: Iterable[str]) -> int:
@@ -124,6 +129,10 @@ class PassageRegistry:
         digests = [(_digest(normalised(text)),) for text in _sequence(texts)]
         with self._write_lock, self._writer.transaction() as connection:
             return connection.executemany("DELETE FROM texts WHERE digest = ?", digests).rowcount
+
+    def _note_change(self) -> None:
+        if self._reader is self._writer:  # a connection is not told of its own commits
+            self._seen_version = None
 
     def __contains__(self, text: object) -> bool:
         if not isinstance(text, str):

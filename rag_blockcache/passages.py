@@ -49,6 +49,19 @@ class Passage:
 
 
 @dataclass(frozen=True)
+class Excerpt:
+    """A known passage where it stands in a prompt.
+
+    Attributes:
+        shown: What of it is there: all, or its beginning.
+        whole: All of it, as its block was encoded.
+    """
+
+    shown: str
+    whole: str
+
+
+@dataclass(frozen=True)
 class Block:
     """The tokens of one passage, as they stand in every prompt, and the name of their KV states.
 

@@ -15,6 +15,10 @@ class TextEncoder:
 
     Args:
         tokenizer: Its added tokens, special or not, are control tokens, unless they are white space.
+
+    Attributes:
+        control: Ids of the control tokens, by how they are spelled.
+        start: The token that the tokenizer puts before every prompt, as it is spelled; empty for none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -24,6 +28,7 @@ class TextEncoder:
             token: index for token, index in added.items() if token.replace("\u2581", " ").strip()
         }
         self._control_ids = frozenset(self.control.values())
+        self.start = self._start()
         self._adds_space = self._is_space_added()
 
     def text(self, text: str, *, is_start: bool = False) -> list[int]:
@@ -73,6 +78,10 @@ class TextEncoder:
         if backend.pre_tokenizer is not None:
             words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in backend.model.tokenize(word)]
+
+    def _start(self) -> str:
+        bos, first = self._tokenizer.bos_token_id, self._tokenizer("x").input_ids[:1]
+        return str(self._tokenizer.bos_token) if bos is not None and first == [bos] else ""
 
     def _is_space_added(self) -> bool:
         """Return whether the tokenizer puts a space before a text, as SentencePiece tokenizers do."""

@@ -28,7 +28,8 @@ class Plan:
     start: float
     blocks: dict[int, Block] = field(default_factory=dict)  # by index of the segment
     found: frozenset[str] = frozenset()
-    keeps_preamble: bool = True
+    shares_preamble: bool = True  # with most other prompts, so that it is worth a place on disk at once
+    num_stored: int = 0  # tokens of blocks that were encoded for this request, and are kept
     match_seconds: float = 0.0
     load_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -57,7 +58,7 @@ class Plan:
         if self.policy.is_full:
             return []
         return [
-            Placement(states[self.blocks[index].block_id], span.start)
+            Placement(states[self.blocks[index].block_id].prefix(len(span)), span.start)
             for index, span in self.spans()
             if index in self.blocks
         ]
@@ -104,6 +105,11 @@ class Plan:
     def num_hits(self) -> int:
         """Number of passages whose block was found in the store."""
         return sum(self.blocks[index].block_id in self.found for index in self._passages())
+
+    def new_texts(self) -> list[str]:
+        """Return the texts of passages whose blocks were not found."""
+        missing = (index for index in self._passages() if self.blocks[index].block_id not in self.found)
+        return [self.segments[index].text for index in missing]
 
     def _passages(self) -> list[int]:
         return [index for index in self.blocks if self.segments[index].kind == "passage"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rag_blockcache.block_source import BlockSource
-from rag_blockcache.errors import ContextTooLongError
+from rag_blockcache.errors import ContextTooLongError, InvalidInputError
+from rag_blockcache.matcher import Matcher
 from rag_blockcache.model import Model
-from rag_blockcache.passages import Block, Passage, as_passages
+from rag_blockcache.passages import Block, Excerpt, Passage, as_passages
 from rag_blockcache.plan import Plan
-from rag_blockcache.prompt import Prompt, Segment
+from rag_blockcache.prompt import Prompt, Segment, Split
+from rag_blockcache.request import Chat, Question, Request, Text
 from rag_blockcache.reuse import FULL, choose_policy, parse_policy
 
 
@@ -22,16 +23,15 @@ class Planner:
         model: Sets the context window, and may rule reuse out for long prompts.
         prompt: Makes prompts.
         blocks: Names blocks.
+        matcher: Finds known passages in chats and texts.
     """
 
-    def __init__(self, model: Model, prompt: Prompt, blocks: BlockSource) -> None:
-        self._model, self._prompt, self._blocks = model, prompt, blocks
+    def __init__(self, model: Model, prompt: Prompt, blocks: BlockSource, matcher: Matcher) -> None:
+        self._model, self._prompt, self._blocks, self._matcher = model, prompt, blocks, matcher
 
     def plan(
         self,
-        question: str,
-        passages: Iterable[str | Passage],
-        chat: Mapping[str, Any],
+        request: Request,
         *,
         policy: str,
         max_new_tokens: int,
@@ -42,9 +42,7 @@ class Planner:
         """Plan one request.
 
         Args:
-            question: What to answer.
-            passages: Texts to answer from.
-            chat: ``system_prompt``, ``chat_history`` and ``tools``.
+            request: What is asked.
             policy: Name of a policy, or ``auto``.
             max_new_tokens: Room that the answer needs in the context window.
             start: ``time.perf_counter()`` when the request came.
@@ -52,10 +50,10 @@ class Planner:
             beside: Tokens of the longest prompt in the same batch.
 
         Raises:
-            InvalidInputError: If question, passages or policy cannot be used.
+            InvalidInputError: If request or policy cannot be used.
             ContextTooLongError: If prompt and answer exceed the context window.
         """
-        segments = self._prompt.segments(question, as_passages(passages), **chat)
+        segments = self.segments(request)
         if continuation:
             segments[-1] = Segment("text", (*segments[-1].token_ids, *continuation))
         total = sum(len(segment.token_ids) for segment in segments)
@@ -72,35 +70,61 @@ class Planner:
         if regime is None and not chosen.is_full:
             chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"
         plan = Plan(segments, chosen, reason, regime or "", is_auto=policy == "auto", start=start)
-        plan.keeps_preamble = not chat.get("chat_history")
+        plan.shares_preamble = isinstance(request, Question) and not request.chat_history
         if not chosen.is_full:
             plan.blocks = self._name_blocks(segments, plan.regime)
         plan.match_seconds = time.perf_counter() - start
         return plan
 
     def plan_batch(
-        self,
-        requests: Sequence[tuple[str, Iterable[str | Passage]]],
-        *,
-        policy: str,
-        max_new_tokens: int,
-        start: float,
+        self, requests: Sequence[Request], *, policy: str, max_new_tokens: int, start: float
     ) -> list[Plan]:
         """Plan requests that are answered together; see ``plan``."""
-        given = [(question, as_passages(passages)) for question, passages in requests]
 
         def plans(beside: int) -> list[Plan]:
             return [
-                self.plan(
-                    *request, {}, policy=policy, max_new_tokens=max_new_tokens, start=start, beside=beside
-                )
-                for request in given
+                self.plan(request, policy=policy, max_new_tokens=max_new_tokens, start=start, beside=beside)
+                for request in requests
             ]
 
         found = plans(0)
         if len({plan.regime for plan in found}) > 1:  # the model turns all rows by the angles of the longest
             found = plans(max(plan.num_tokens for plan in found))
         return found
+
+    def segments(self, request: Request) -> list[Segment]:
+        """Cut the prompt of a request; see ``Prompt.segments``."""
+        if isinstance(request, Question):
+            return self._prompt.segments(
+                request.question,
+                as_passages(request.passages),
+                system_prompt=request.system_prompt,
+                chat_history=request.chat_history,
+                tools=request.tools,
+            )
+        if isinstance(request, Chat):
+            return self._prompt.chat_segments(request, self._split(request))
+        if isinstance(request, Text):
+            return self._prompt.text_segments(request, self._split(request))
+        raise InvalidInputError(
+            f"a request is {type(request).__name__}; pass a Question, a Chat or a Text of rag_blockcache"
+        )
+
+    def _split(self, request: Chat | Text) -> Split:
+        """Return what parts a text at the passages that are known or hinted at."""
+        if not request.finds_passages:
+            return lambda text: [text]
+        hints = [*request.hints, *(passage.text for passage in as_passages(request.documents))]
+
+        def split(text: str) -> list[str | Excerpt]:
+            parts: list[str | Excerpt] = []
+            end = 0
+            for match in self._matcher.find(text, hints):
+                parts += [text[end : match.start], Excerpt(text[match.start : match.stop], match.text)]
+                end = match.stop
+            return [*parts, text[end:]]
+
+        return split
 
     def blocks(self, passages: Sequence[Passage]) -> list[Block]:
         """Return tokens and name of the block of each passage in an ordinary prompt."""
@@ -115,9 +139,9 @@ class Planner:
         """Name what can be placed, by index of the segment: passages, and the preamble."""
         preamble = segments[0].token_ids
         named = {
-            index: self._blocks.block(segment.token_ids, preamble=preamble, regime=regime)
+            index: self._blocks.block(segment.block_tokens, preamble=preamble, regime=regime)
             for index, segment in enumerate(segments)
-            if segment.kind == "passage"
+            if segment.kind == "passage" and len(segment.block_tokens) <= self._model.max_length
         }
         if preamble:
             named[0] = self._blocks.block(preamble, regime=regime)

@@ -7,8 +7,8 @@ from itertools import islice
 
 from rag_blockcache.answers import PrefillProgress, PrefillReport, PrefillTally
 from rag_blockcache.block_source import BlockSource
-from rag_blockcache.errors import ContextTooLongError, InvalidInputError
-from rag_blockcache.passages import Block, Passage, as_passages
+from rag_blockcache.errors import ContextTooLongError
+from rag_blockcache.passages import Block, Passage
 from rag_blockcache.planner import Planner
 
 _GROUP = 1024  # passages whose tokens are looked at together, so that rows of a batch are alike in length
@@ -17,19 +17,18 @@ _GROUP = 1024  # passages whose tokens are looked at together, so that rows of a
 def prefill_passages(
     planner: Planner,
     blocks: BlockSource,
-    passages: Iterable[str | Passage],
+    passages: Iterable[Passage],
     *,
+    num_total: int | None,
     progress: Callable[[PrefillProgress], None] | None,
     evict: bool,
 ) -> PrefillReport:
     """Encode and store the blocks of passages that are not stored; see ``BlockCache.prefill``."""
-    if isinstance(passages, str | Passage):
-        raise InvalidInputError("passages must be a sequence; wrap a single passage in a list")
     store, bytes_per_token = blocks.store, blocks.model.kv_bytes_per_token
-    tally = PrefillTally(len(passages) if isinstance(passages, Sequence) else None, progress)
+    tally = PrefillTally(num_total, progress)
     remaining, room = iter(passages), store.room(evicting=evict)
     stored: list[str] = []
-    while group := as_passages(islice(remaining, _GROUP)):
+    while group := list(islice(remaining, _GROUP)):
         missing = _missing(planner, blocks, group, tally.num_done)
         tally.skip(len(group) - len(missing))
         fitting = [block for block in missing if room.take(len(block.token_ids) * bytes_per_token)]

@@ -27,6 +27,12 @@ def text_pieces(model: Model, tokens: Iterator[int], stop_strings: Sequence[str]
         yield text[len(sent) :]
 
 
+def no_pieces(tokens: Iterator[int]) -> Iterator[str]:
+    """Let a stream of tokens run to its end without a word."""
+    for _ in tokens:
+        yield from ()
+
+
 def whole_text(model: Model, token_ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
     """Return the text of all tokens, without a last character that was cut off within its tokens."""
     text = model.text(token_ids)

@@ -383,7 +383,7 @@ def test_an_empty_question_is_refused(question):
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones():
-    with pytest.raises(InvalidInputError, match=r"\['paper', 'plain', 'template'\]"):
+    with pytest.raises(InvalidInputError, match=r"\['paper', 'plain', 'template', 'verbatim'\]"):
         Prompt(byte_level(), "papers")
 
 
