@@ -353,6 +353,53 @@ def test_a_filter_sees_what_was_added_and_updated_after_its_first_use(retriever)
     assert len(retriever.search("red", where={"lang": "de"})) == 1
 
 
+def test_a_filter_reads_only_the_metadata_that_were_added_since_its_last_use(retriever, monkeypatch):
+    retriever.add(numbered(20))
+    retriever.search("text", 20, where={"even": True})
+    read = []
+    table = type(retriever._table)
+    before = table.metadata
+    monkeypatch.setattr(table, "metadata", lambda self, ids: read.append(len(ids)) or before(self, ids))
+    retriever.add([Passage("text 20", passage_id="20", metadata={"even": True})])
+    retriever.delete(["0"])
+    found = {result.passage.passage_id for result in retriever.search("text", 20, where={"even": True})}
+    assert found == {str(number) for number in range(2, 21, 2)}
+    assert read == [1]
+
+
+@pytest.mark.parametrize("index_factory", ["Flat", "HNSW8", "IVF4,Flat"])
+def test_a_search_among_some_ids_compares_only_those(tmp_path, index_factory):
+    with Retriever(tmp_path, embedder=embed, index_factory=index_factory) as retriever:
+        retriever.add(numbered(200))
+        retriever.save()
+        among = ["7", "150", "8", "not there", "7"]
+        found = {result.passage.passage_id for result in retriever.search("text", 10, among=among)}
+        assert found == {"7", "8", "150"}
+        even = retriever.search("text", 10, among=among, where={"even": True})
+        assert {result.passage.passage_id for result in even} == {"8", "150"}
+        assert retriever.search("text", 10, among=[]) == []
+
+
+def test_passages_are_found_by_metadata_alone_and_by_their_source(retriever):
+    assert retriever.find({"even": True}) == []
+    retriever.add(numbered(6), source_ids=["a", "b", "a", "b", "a", "b"])
+    retriever.add([Passage("again", passage_id="2", metadata={"even": True})], source_ids=["b"])
+    assert retriever.find({"even": True}) == ["0", "4", "2"]
+    assert retriever.find(lambda metadata: metadata.get("number", 0) > 3) == ["4", "5"]
+    assert retriever.from_source("a") == ["0", "4"]
+    assert retriever.from_source("b") == ["1", "3", "5", "2"]
+    assert retriever.from_source("c") == []
+
+
+def test_the_vectors_of_passages_are_those_that_are_compared(retriever):
+    assert retriever.vectors(["p"]) == {}
+    retriever.add([Passage("red bird", passage_id="p"), Passage("blue cat", passage_id="q")])
+    vectors = retriever.vectors(["q", "p", "not there"])
+    assert set(vectors) == {"p", "q"}
+    np.testing.assert_allclose(vectors["p"], unit(embed(["red bird"]))[0])
+    np.testing.assert_allclose(vectors["q"], unit(embed(["blue cat"]))[0])
+
+
 def test_an_empty_index_finds_nothing_and_loads_no_model(tmp_path):
     with Retriever(tmp_path, embedder="no-such-model") as retriever:
         assert retriever.search("anything") == []
@@ -628,9 +675,11 @@ def test_verify_names_passages_whose_vectors_are_lost_or_spoilt(tmp_path):
         assert any("passage red" in line for line in found)
         assert any("passage cat has a vector that is not of length one" in line for line in found)
         assert any("999" in line for line in found)
+        assert sorted(retriever.damaged()) == sorted(["red", "cat", WORDS[-1]])
         retriever.add(retriever.get(["red", "cat", WORDS[-1]]))
         retriever.rebuild()
         assert retriever.verify() == []
+        assert retriever.damaged() == []
 
 
 def test_verify_compares_the_faiss_index_with_the_passages(retriever):

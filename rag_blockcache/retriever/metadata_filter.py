@@ -1,14 +1,79 @@
-"""Conditions on the metadata of passages."""
+"""Conditions on the metadata of passages, and which passages meet them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.retriever.passage_table import PassageTable
+from rag_blockcache.retriever.vector_index import Ids
 
 Where: TypeAlias = Mapping[str, Any] | Callable[[Mapping[str, Any]], bool]
+
+
+class PassageFilter:
+    """Chooses passages by their metadata and ids.
+
+    Metadata are held in memory once somebody has filtered by them. A vector id stands for one passage as it
+    was written, for ever, so that only what was added since the last time is read.
+
+    Args:
+        table: Has the passages.
+    """
+
+    def __init__(self, table: PassageTable) -> None:
+        self._table = table
+        self._held: dict[int, dict[str, Any]] = {}
+        self._generation = -1  # of the table, when all of it was held
+
+    def chosen(self, where: Where | None, among: Sequence[str] | None = None) -> Callable[[], Ids | None]:
+        """Check conditions, and return what finds the vectors of the passages that meet them.
+
+        Args:
+            where: See ``matching``.
+            among: Ids of passages; None for all.
+
+        Returns:
+            To be called in a transaction; gives vector ids, ascending, or None for all.
+        """
+        condition = None if where is None else matching(where)
+        names = None if among is None else as_names(among)
+
+        def vector_ids() -> Ids | None:
+            met = None if condition is None else self._matching(condition)
+            if names is None:
+                return met
+            named = self._table.named_vectors(names)
+            return named if met is None else np.intersect1d(named, met)
+
+        return vector_ids
+
+    def _matching(self, condition: Callable[[Mapping[str, Any]], bool]) -> Ids:
+        self._refresh()
+        return np.array([name for name, metadata in self._held.items() if condition(metadata)], np.int64)
+
+    def _refresh(self) -> None:
+        generation = self._table.setting("generation")
+        if generation != self._generation:
+            present = self._table.vector_ids().tolist()
+            added = self._table.metadata([name for name in present if name not in self._held])
+            self._held = {name: added[name] if name in added else self._held[name] for name in present}
+            self._generation = generation
+
+
+def as_names(passage_ids: Sequence[str]) -> list[str]:
+    """Return ids, each once.
+
+    Raises:
+        InvalidInputError: If a single string came in place of a sequence.
+    """
+    if isinstance(passage_ids, str):
+        raise InvalidInputError("passage ids must be a sequence; wrap a single one in a list")
+    return list(dict.fromkeys(passage_ids))
 
 
 def matching(where: Where) -> Callable[[Mapping[str, Any]], bool]:

@@ -180,11 +180,29 @@ class PassageTable:
         """Return the passages that are there, by passage id."""
         return {row[1]: _passage(row) for row in self._select("passage_id", list(passage_ids))}
 
-    def metadata(self) -> dict[int, dict[str, Any]]:
-        """Return the metadata of every passage, by vector id."""
-        with self.transaction() as connection:
-            rows = connection.execute("SELECT vector_id, metadata FROM passages").fetchall()
+    def metadata(self, vector_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Return the metadata of passages, by vector id."""
+        rows = self._rows("SELECT vector_id, metadata FROM passages WHERE vector_id IN", vector_ids)
         return {vector_id: json.loads(metadata) for vector_id, metadata in rows}
+
+    def named_vectors(self, passage_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return the vector ids of the passages that are there, ascending."""
+        rows = self._rows("SELECT vector_id FROM passages WHERE passage_id IN", passage_ids)
+        return np.sort(np.array([row[0] for row in rows], np.int64))
+
+    def names_of_vectors(self, vector_ids: Iterable[int]) -> dict[int, str]:
+        """Return the passage ids behind vector ids, by vector id."""
+        ids = [int(vector_id) for vector_id in vector_ids]
+        return dict(self._rows("SELECT vector_id, passage_id FROM passages WHERE vector_id IN", ids))
+
+    def passages_of_source(self, source_id: str) -> list[str]:
+        """Return the ids of the passages that came from a document, oldest first."""
+        query = (
+            "SELECT passage_id FROM sources JOIN passages USING (passage_id) WHERE source_id = ?"
+            " ORDER BY vector_id"
+        )
+        with self.transaction() as connection:
+            return [row[0] for row in connection.execute(query, (source_id,))]
 
     def passage_ids(self) -> list[str]:
         """Return the ids of all passages, oldest first."""
@@ -233,15 +251,16 @@ class PassageTable:
         return 1 + (int(row[0]) if row else 0)
 
     def _select(self, column: str, ids: Sequence[int | str]) -> list[tuple[Any, ...]]:
+        columns = "vector_id, passage_id, metadata, title, text"
+        return self._rows(f"SELECT {columns} FROM passages WHERE {column} IN", ids)
+
+    def _rows(self, query: str, ids: Sequence[int | str]) -> list[tuple[Any, ...]]:
+        """Return what a query that ends in IN finds, however many ids there are."""
         rows: list[tuple[Any, ...]] = []
         with self.transaction() as connection:
             for start in range(0, len(ids), _CHUNK):
                 asked = ids[start : start + _CHUNK]
-                rows += connection.execute(
-                    "SELECT vector_id, passage_id, metadata, title, text FROM passages"
-                    f" WHERE {column} IN {_places(asked)}",
-                    asked,
-                )
+                rows += connection.execute(f"{query} {_places(asked)}", asked)
         return rows
 
 

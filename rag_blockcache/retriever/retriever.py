@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Self, TypeGuard
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.passages import Passage, as_passages
@@ -23,13 +23,12 @@ from rag_blockcache.retriever.identity import (
     record_origin,
     recorded_embedder,
 )
-from rag_blockcache.retriever.metadata_filter import Where, matching
+from rag_blockcache.retriever.metadata_filter import PassageFilter, Where, as_names
 from rag_blockcache.retriever.passage_table import PassageTable
 from rag_blockcache.retriever.ranking import nearest
 from rag_blockcache.retriever.synced_index import SyncedIndex
 from rag_blockcache.retriever.training import untrained_index
-from rag_blockcache.retriever.vector_index import Ids
-from rag_blockcache.retriever.verification import problems
+from rag_blockcache.retriever.verification import damaged_passages, problems
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Retriever:
         self.directory = Path(directory)
         self._table = PassageTable(prepared(self.directory) / TABLE_FILE)
         self._index = SyncedIndex(self._table, self.directory)
-        self._metadata: tuple[int, dict[int, dict[str, Any]]] = (-1, {})  # of a generation of the table
+        self._filter = PassageFilter(self._table)
         self._has_written = False
         self._wanted_factory = index_factory
         with ExitStack() as undo:
@@ -172,7 +171,7 @@ class Retriever:
 
     def delete(self, passage_ids: Sequence[str]) -> int:
         """Delete passages by id, pass over those that are not there, and return how many were."""
-        num_deleted = self._table.delete(_names(passage_ids))
+        num_deleted = self._table.delete(as_names(passage_ids))
         self._has_written |= bool(num_deleted)
         return num_deleted
 
@@ -183,15 +182,24 @@ class Retriever:
         return num_deleted
 
     def search(
-        self, query: str | ArrayLike, k: int = 10, *, where: Where | None = None
+        self,
+        query: str | ArrayLike,
+        k: int = 10,
+        *,
+        where: Where | None = None,
+        among: Sequence[str] | None = None,
     ) -> list[SearchResult]:
         """Find the passages most similar to a question or vector; see ``search_many``."""
-        return self.search_many(
-            [query] if isinstance(query, str) else np.asarray(query)[None], k, where=where
-        )[0]
+        queries = [query] if isinstance(query, str) else np.asarray(query)[None]
+        return self.search_many(queries, k, where=where, among=among)[0]
 
     def search_many(
-        self, queries: Sequence[str] | ArrayLike, k: int = 10, *, where: Where | None = None
+        self,
+        queries: Sequence[str] | ArrayLike,
+        k: int = 10,
+        *,
+        where: Where | None = None,
+        among: Sequence[str] | None = None,
     ) -> list[list[SearchResult]]:
         """Find the passages most similar to each of several questions or vectors.
 
@@ -200,6 +208,7 @@ class Retriever:
             k: Most results for each; fewer only if fewer passages meet ``where``.
             where: Conditions on metadata: a mapping from keys to a value, a list of values, or
                 a callable on the value; or a callable on the whole metadata.
+            among: Ids of passages; only these are compared. None compares all.
 
         Returns:
             Results for each query, best first; of equal scores the passage added first.
@@ -210,22 +219,45 @@ class Retriever:
         """
         if k < 1:
             raise InvalidInputError(f"k is {k}; ask for at least one passage")
-        condition = None if where is None else matching(where)
+        allowed = self._filter.chosen(where, among)
         vectors = self._embed_queries(queries)
         with self._table.transaction():
             index = self._index.current()
             if index is None or not vectors.size:
                 return [[] for _ in vectors]
             check_vectors(self._table, vectors.shape[1])
-            hits = nearest(index, self._index.read, vectors, k, self._allowed(condition))
+            hits = nearest(index, self._index.read, vectors, k, allowed())
             found = self._table.passages_of_vectors({hit.vector_id for row in hits for hit in row})
         return [[SearchResult(found[hit.vector_id], hit.score) for hit in row] for row in hits]
 
     def get(self, passage_ids: Sequence[str]) -> list[Passage]:
         """Return the passages of these ids, in this order, without those that are not there."""
-        names = _names(passage_ids)
+        names = as_names(passage_ids)
         found = self._table.passages(names)
         return [found[name] for name in names if name in found]
+
+    def find(self, where: Where) -> list[str]:
+        """Return the ids of the passages that meet conditions as in ``search_many``, oldest first."""
+        allowed = self._filter.chosen(where)
+        with self._table.transaction():
+            names = self._table.names_of_vectors(() if (ids := allowed()) is None else ids)
+        return [names[vector_id] for vector_id in sorted(names)]
+
+    def from_source(self, source_id: str) -> list[str]:
+        """Return the ids of the passages that came from a document, oldest first."""
+        return self._table.passages_of_source(source_id)
+
+    def vectors(self, passage_ids: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Return the vectors of passages by passage id, of length one; what is not there is left out."""
+        with self._table.transaction():
+            vector_ids = self._table.named_vectors(as_names(passage_ids))
+            names = self._table.names_of_vectors(vector_ids)
+            chunks = list(self._index.read(vector_ids)) if names else []
+        return {
+            names[int(vector_id)]: vector
+            for vector_ids, vectors in chunks
+            for vector_id, vector in zip(vector_ids, vectors, strict=True)
+        }
 
     def __contains__(self, passage_id: object) -> bool:
         return isinstance(passage_id, str) and bool(self._table.passages([passage_id]))
@@ -256,6 +288,11 @@ class Retriever:
         """Return what is wrong, a sentence for each problem; empty when all is well."""
         with self._table.transaction():
             return problems(self._table, self._index.current(), self.directory)
+
+    def damaged(self) -> list[str]:
+        """Return the ids of the passages whose vector is missing or cannot be right; add those again."""
+        with self._table.transaction():
+            return damaged_passages(self._table)
 
     def close(self) -> None:
         """Save what this retriever wrote, and close the files; it cannot be used after."""
@@ -306,15 +343,6 @@ class Retriever:
             return np.empty((len(queries), 0), np.float32)
         return self._checked_embedder().embed(queries, is_query=True)
 
-    def _allowed(self, condition: Callable[[Mapping[str, Any]], bool] | None) -> Ids | None:
-        if condition is None:
-            return None
-        generation = self._table.setting("generation")
-        if self._metadata[0] != generation:
-            self._metadata = (generation, self._table.metadata())
-        ids = [vector_id for vector_id, held in self._metadata[1].items() if condition(held)]
-        return np.array(ids, np.int64)
-
 
 def _are_texts(queries: Sequence[str] | ArrayLike) -> TypeGuard[Sequence[str]]:
     return isinstance(queries, Sequence) and all(isinstance(query, str) for query in queries)
@@ -322,12 +350,6 @@ def _are_texts(queries: Sequence[str] | ArrayLike) -> TypeGuard[Sequence[str]]:
 
 def _embedded_text(passage: Passage) -> str:
     return f"{passage.title}\n{passage.text}" if passage.title else passage.text
-
-
-def _names(passage_ids: Sequence[str]) -> list[str]:
-    if isinstance(passage_ids, str):
-        raise InvalidInputError("passage ids must be a sequence; wrap a single one in a list")
-    return list(dict.fromkeys(passage_ids))
 
 
 def _sources(passages: Sequence[Passage], source_ids: Sequence[str] | None) -> list[str]:

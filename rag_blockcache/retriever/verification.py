@@ -42,6 +42,15 @@ def problems(table: PassageTable, index: VectorIndex | None, directory: Path) ->
     return found
 
 
+def damaged_passages(table: PassageTable) -> list[str]:
+    """Return the ids of the passages whose vector is missing or spoilt; see ``problems``."""
+    if table.setting("dimension") is None:
+        return []
+    readable, spoilt = _stored_vectors(table)
+    names = table.names_of_vectors(np.union1d(np.setdiff1d(table.vector_ids(), readable), spoilt))
+    return [names[vector_id] for vector_id in sorted(names)]
+
+
 def _stored_vectors(table: PassageTable) -> tuple[Ids, Ids]:
     """Return the ids of passages whose vectors can be read, and those of vectors that are off."""
     readable, spoilt = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -54,5 +63,5 @@ def _stored_vectors(table: PassageTable) -> tuple[Ids, Ids]:
 
 
 def _told(table: PassageTable, vector_ids: Ids, what: str) -> list[str]:
-    passages = table.passages_of_vectors(vector_ids.tolist())
-    return [f"passage {passages[vector_id].passage_id} {what}" for vector_id in sorted(passages)]
+    names = table.names_of_vectors(vector_ids)
+    return [f"passage {names[vector_id]} {what}" for vector_id in sorted(names)]
