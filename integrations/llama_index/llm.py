@@ -1,0 +1,290 @@
+"""``BlockCacheLLM``: a LlamaIndex LLM that reuses the passages it finds in any prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+)
+from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.tools import BaseTool
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+
+from rag_blockcache import Answer, Chat, SharedCache, Text
+from rag_blockcache.errors import InvalidInputError
+
+from .hints import current_hints, watch_requests
+from .messages import cited_texts, template_messages
+from .options import call_options, loading_options, tool_name
+from .prompt_helper import ModelTokenizer, use_in_settings
+from .responses import (
+    astreamed,
+    chat_piece,
+    chat_response,
+    completion_piece,
+    completion_response,
+    streamed,
+    tool_selections,
+)
+from .structured import SchemaLLM
+
+_PASSED_ON = (
+    "adapter",
+    "preamble",
+    "passage_format",
+    "condition_on_preamble",
+    "disk_budget_bytes",
+    "memory_budget_bytes",
+    "salt",
+    "admission",
+)
+
+
+class BlockCacheLLM(SchemaLLM):
+    """A model of transformers that prefills a passage once, and reuses it in every prompt it stands in.
+
+    It takes the place and the arguments of ``HuggingFaceLLM``: retrievers, query engines, chat engines and
+    agents stay as they are. Passages are found by their text. The model is loaded at the first question, and
+    LLMs with equal arguments share it.
+
+    A call takes ``documents``, ``hints``, ``response_schema``, ``finds_passages`` and ``policy`` beside the
+    options of transformers' ``generate()``; ``stop`` and ``max_tokens`` are understood, too.
+
+    Example:
+        >>> llm = BlockCacheLLM(model=tiny_model, tokenizer=tiny_tokenizer, max_new_tokens=4)
+        >>> response = llm.chat([ChatMessage("Who wrote it?")], documents=["Ada wrote the note."])
+        >>> response.additional_kwargs["num_misses"]
+        1
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_name: str = Field(default="", description="Hub id or folder; needed unless model is given.")
+    cache_dir: str | None = Field(default=None, description="Keeps blocks on disk; None: in memory only.")
+    model: Any = Field(default=None, exclude=True, description="A loaded model, used as it is.")
+    tokenizer: Any = Field(default=None, exclude=True, description="Needed with a loaded model.")
+    tokenizer_name: str | None = Field(default=None, description="Hub id or folder, if not the model's own.")
+    context_window: int | None = Field(default=None, gt=0, description="If smaller than the model's.")
+    max_new_tokens: int = Field(default=DEFAULT_NUM_OUTPUTS, gt=0, description="Most tokens of an answer.")
+    generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of every call.")
+    stopping_ids: list[int] = Field(default_factory=list, description="Tokens that end an answer, too.")
+    is_chat_model: bool | None = Field(default=None, description="None: if there is a chat template.")
+    is_function_calling_model: bool | None = Field(default=None, description="None: if a chat model.")
+    device: Any = Field(default=None, description="cpu, cuda, auto ...; None takes a GPU if there is one.")
+    device_map: Any = Field(default=None, description="HuggingFaceLLM's name of device.")
+    dtype: Any = Field(default=None, description="Such as bfloat16; None keeps that of the model's files.")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="May hold dtype.")
+    adapter: str | None = Field(default=None, description="A PEFT adapter to load into the model.")
+    policy: str = Field(default="auto", description="How blocks are reused; see BlockCache.answer.")
+    passage_format: Any = Field(default="verbatim", description="How documents are shown; see BlockCache.")
+    preamble: str | None = Field(default=None, description="See BlockCache.")
+    condition_on_preamble: bool = Field(default=False, description="See BlockCache.")
+    admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")
+    disk_budget_bytes: int | None = Field(default=None, description="See BlockCache.")
+    memory_budget_bytes: int | None = Field(default=4 * 2**30, description="See BlockCache.")
+    salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
+    sets_settings: bool = Field(
+        default=True, description="Set Settings.tokenizer, and Settings.prompt_helper if there is none yet."
+    )
+    uses_hints: bool = Field(
+        default=True, description="Learn from LlamaIndex's instrumentation which nodes are in a prompt."
+    )
+
+    _engine: SharedCache = PrivateAttr()
+
+    @field_validator("query_wrapper_prompt", mode="before")
+    @classmethod
+    def _as_template(cls, prompt: Any) -> Any:
+        return PromptTemplate(prompt) if isinstance(prompt, str) else prompt
+
+    @field_validator("model_name", "cache_dir", "tokenizer_name", "adapter", mode="before")
+    @classmethod
+    def _as_name(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Make a handle on the engine; nothing is loaded yet."""
+        super().model_post_init(context)
+        if self.model is None and not self.model_name:
+            raise InvalidInputError("no model is named; pass model_name=, or model= with tokenizer=")
+        loading = loading_options(self.device_map, self.model_kwargs)
+        own = {"device": self.device, "dtype": self.dtype}
+        self._engine = SharedCache(
+            self.model_name if self.model is None else self.model,
+            self.cache_dir,
+            tokenizer=self.tokenizer_name if self.tokenizer is None else self.tokenizer,
+            **{name: loading[name] if value is None else value for name, value in own.items()},
+            **{name: getattr(self, name) for name in _PASSED_ON},
+        )
+        if self.uses_hints:
+            watch_requests()
+        if self.sets_settings:
+            use_in_settings(ModelTokenizer(self._engine))
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Return the name that LlamaIndex serializes it under."""
+        return "BlockCacheLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex plans prompts by; known without the weights."""
+        window = self._engine.context_window
+        is_chat = self._engine.has_chat_template if self.is_chat_model is None else self.is_chat_model
+        calls = is_chat if self.is_function_calling_model is None else self.is_function_calling_model
+        return LLMMetadata(
+            context_window=min(window, self.context_window or window),
+            num_output=self.max_new_tokens,
+            is_chat_model=is_chat,
+            is_function_calling_model=calls,
+            model_name=self._engine.model_name,
+        )
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer messages."""
+        request, options, whole = self._chat_call(messages, kwargs)
+        return whole(self._engine.answer(request, **options))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer messages, piece by piece; the last response has the calls of tools, and the counts."""
+        request, options, whole = self._chat_call(messages, kwargs)
+        return streamed(self._engine.stream_answer(request, **options), chat_piece, whole)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer messages; the event loop goes on meanwhile."""
+        request, options, whole = self._chat_call(messages, kwargs)
+        return whole(await self._engine.aanswer(request, **options))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """Answer messages, piece by piece; the event loop goes on meanwhile."""
+        request, options, whole = self._chat_call(messages, kwargs)
+        return astreamed(self._engine.astream_answer(request, **options), chat_piece, whole)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Continue a prompt, or answer it if it is not formatted and the model is a chat model."""
+        request, options = self._completion_call(prompt, formatted, kwargs)
+        return completion_response(self._engine.answer(request, **options))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Complete a prompt, piece by piece; the last response has the counts."""
+        request, options = self._completion_call(prompt, formatted, kwargs)
+        return streamed(self._engine.stream_answer(request, **options), completion_piece, completion_response)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Complete a prompt; the event loop goes on meanwhile."""
+        request, options = self._completion_call(prompt, formatted, kwargs)
+        return completion_response(await self._engine.aanswer(request, **options))
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """Complete a prompt, piece by piece; the event loop goes on meanwhile."""
+        request, options = self._completion_call(prompt, formatted, kwargs)
+        return astreamed(
+            self._engine.astream_answer(request, **options), completion_piece, completion_response
+        )
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """Return the calls of tools in a response."""
+        calls = tool_selections(response)
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"the model called no tool but answered {response.message.content!r}")
+        return calls
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        asked = ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg
+        return {
+            "messages": [*(chat_history or ()), *([asked] if asked else ())],
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "tool_choice": tool_name(tool_choice, is_required=tool_required),
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
+        return super()._get_messages(prompt, **_as_text(prompt_args))
+
+    def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        return super()._get_prompt(prompt, **_as_text(prompt_args))
+
+    def _chat_call(
+        self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]
+    ) -> tuple[Chat | Text, dict[str, Any], Callable[[Answer], ChatResponse]]:
+        """Return a request, the options of ``answer()``, and what makes a response of the answer."""
+        given = dict(kwargs)
+        whole = partial(chat_response, num_calls=None if given.pop("parallel_tool_calls", True) else 1)
+        fields, options = self._call(given, cited_texts(messages))
+        if self.messages_to_prompt in (None, generic_messages_to_prompt):
+            return Chat(template_messages(messages), **fields), options, whole
+        if fields.pop("tool_choice", "auto") != "none" and fields.pop("tools", ()):
+            raise InvalidInputError(
+                "messages_to_prompt has no place for tools; leave it out, and the chat template shows them"
+            )
+        return Text(self.messages_to_prompt(messages), **fields), options, whole
+
+    def _completion_call(
+        self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]
+    ) -> tuple[Chat | Text, dict[str, Any]]:
+        """Return a request, and the options of ``answer()``."""
+        fields, options = self._call(kwargs)
+        if formatted:
+            return Text(prompt, **fields), options
+        if self.query_wrapper_prompt is not None:
+            prompt = self.query_wrapper_prompt.format(query_str=prompt)
+        if self.completion_to_prompt not in (None, default_completion_to_prompt):
+            return Text(self.completion_to_prompt(prompt), **fields), options
+        system = [ChatMessage(self.system_prompt, role=MessageRole.SYSTEM)] if self.system_prompt else []
+        if self.metadata.is_chat_model:
+            return Chat(template_messages([*system, ChatMessage(prompt)]), **fields), options
+        return Text(f"{self.system_prompt}\n\n{prompt}" if self.system_prompt else prompt, **fields), options
+
+    def _call(
+        self, kwargs: Mapping[str, Any], texts: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return fields of a request, with all hints there are, and options of ``answer()``."""
+        defaults = {"max_new_tokens": self.max_new_tokens, "policy": self.policy, **self.generate_kwargs}
+        fields, options = call_options({**defaults, **kwargs}, self.stopping_ids)
+        noted = current_hints() if self.uses_hints else ()
+        return {**fields, "hints": [*fields.get("hints", ()), *texts, *noted]}, options
+
+
+def _as_text(prompt_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo what SimpleSummarize does: it passes its context in a list, whose quotes the model would read."""
+    texts = prompt_args.get("context_str")
+    return {**prompt_args, "context_str": "\n".join(texts)} if isinstance(texts, list) else {**prompt_args}

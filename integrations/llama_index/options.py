@@ -1,0 +1,69 @@
+"""Arguments as LlamaIndex users write them, to those of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import EosTokenCriteria
+
+from rag_blockcache.errors import InvalidInputError
+
+_REQUEST = ("documents", "hints", "response_schema", "finds_passages", "tools", "tool_choice")
+_ALIASES = {"stop": "stop_strings", "max_tokens": "max_new_tokens"}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+
+def loading_options(device_map: Any, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``device`` and ``dtype`` from the arguments that ``HuggingFaceLLM`` has for them.
+
+    Args:
+        device_map: Name of a device, or ``"auto"``.
+        model_kwargs: May hold ``dtype``, or its older name ``torch_dtype``.
+
+    Raises:
+        InvalidInputError: If there is more to loading the model.
+    """
+    others = dict(model_kwargs)
+    dtypes = [others.pop(name) for name in ("dtype", "torch_dtype") if name in others]
+    if others or not isinstance(device_map, str | None):
+        raise InvalidInputError(
+            f"got device_map {device_map!r} and model_kwargs {sorted(others)}; only one device and a dtype "
+            "are chosen here, so load the model with transformers, and pass model= and tokenizer="
+        )
+    return {"device": device_map, "dtype": dtypes[0] if dtypes else None}
+
+
+def call_options(
+    given: Mapping[str, Any], stopping_ids: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part the options of one call into those of the request and those of ``answer()``.
+
+    Args:
+        given: ``stop`` and ``max_tokens`` are other names of ``stop_strings`` and ``max_new_tokens``. An
+            option of sampling asks for sampling; a temperature of 0 or None does not. What is unknown stays,
+            for the engine to refuse.
+        stopping_ids: Tokens that end an answer, beside the model's own.
+    """
+    options = {_ALIASES.get(name, name): value for name, value in given.items()}
+    request = {name: options.pop(name) for name in _REQUEST if name in options}
+    if "temperature" in options and not options["temperature"]:
+        options |= {"temperature": None, "do_sample": False}
+    if any(options.get(name) is not None for name in _SAMPLING):
+        options.setdefault("do_sample", True)
+    if stopping_ids:
+        criteria = options.get("stopping_criteria") or ()
+        options["stopping_criteria"] = [*criteria, EosTokenCriteria(list(stopping_ids))]
+    return (
+        {name: value for name, value in request.items() if value is not None},
+        {name: value for name, value in options.items() if value is not None},
+    )
+
+
+def tool_name(tool_choice: str | Mapping[str, Any] | None, *, is_required: bool) -> str:
+    """Return a choice of tools as the engine takes it, whichever of LlamaIndex's forms it came in."""
+    if isinstance(tool_choice, Mapping):
+        return str(tool_choice["function"]["name"])
+    if tool_choice is None:
+        return "required" if is_required else "auto"
+    return "required" if tool_choice == "any" else tool_choice

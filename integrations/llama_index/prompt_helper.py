@@ -1,0 +1,153 @@
+"""``BlockPromptHelper``: packs whole passages into a context window that is too small for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from llama_index.core import Settings
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
+from llama_index.core.indices.prompt_helper import (
+    DEFAULT_CHUNK_OVERLAP_RATIO,
+    DEFAULT_PADDING,
+    PromptHelper,
+)
+from llama_index.core.llms.llm import LLM
+from llama_index.core.node_parser import TokenTextSplitter
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.tools import BaseTool
+
+from rag_blockcache import SharedCache
+
+_SEPARATOR = "\n\n"  # LlamaIndex puts it between passages
+
+
+class ModelTokenizer:
+    """Counts tokens as the model does; the tokenizer is loaded when it is first needed.
+
+    Args:
+        engine: Whose tokenizer it is.
+    """
+
+    def __init__(self, engine: SharedCache) -> None:
+        self._engine = engine
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special tokens around it."""
+        token_ids: list[int] = self._engine.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return token_ids
+
+    @cached_property
+    def num_template_tokens(self) -> int:
+        """How many tokens the chat template puts around a single message."""
+        if not self._engine.has_chat_template:
+            return 0
+        message = {"role": "user", "content": "?"}
+        rendered = self._engine.tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True
+        )
+        return len(self(str(rendered)))
+
+
+class BlockPromptHelper(PromptHelper):
+    """A prompt helper that never cuts a passage which fits, so that its block can be reused.
+
+    What LlamaIndex's own helper puts into one prompt stands in one prompt here, to the letter. Where there is
+    more than fits, LlamaIndex joins the passages and cuts them by tokens; here every prompt has whole ones,
+    which may take a prompt more. A passage that is too long by itself is cut as ever.
+
+    Args:
+        context_window: None takes that of the LLM in use, as does ``num_output``.
+        num_output: Tokens that are left for the answer.
+        chunk_overlap_ratio: For a passage that must be cut.
+        chunk_size_limit: As in ``PromptHelper``.
+        tokenizer: None takes that of LlamaIndex's ``Settings``.
+        separator: As in ``PromptHelper``.
+
+    Example:
+        >>> helper = BlockPromptHelper(context_window=60, num_output=10, tokenizer=str.split)
+        >>> helper.repack(PromptTemplate("{context_str}"), ["a " * 30, "b " * 30])
+        ['a a a', 'b']
+    """
+
+    def __init__(
+        self,
+        context_window: int | None = None,
+        num_output: int | None = None,
+        chunk_overlap_ratio: float = DEFAULT_CHUNK_OVERLAP_RATIO,
+        chunk_size_limit: int | None = None,
+        tokenizer: Callable[[str], list[Any]] | None = None,
+        separator: str = " ",
+    ) -> None:
+        super().__init__(
+            context_window or DEFAULT_CONTEXT_WINDOW,
+            num_output or DEFAULT_NUM_OUTPUTS,
+            chunk_overlap_ratio,
+            chunk_size_limit,
+            tokenizer,
+            separator,
+        )
+        chosen = {"context_window": context_window, "num_output": num_output}
+        self.model_fields_set.difference_update(name for name, value in chosen.items() if value is None)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Return the name that LlamaIndex serializes it under."""
+        return "BlockPromptHelper"
+
+    def get_text_splitter_given_prompt(
+        self,
+        prompt: BasePromptTemplate,
+        num_chunks: int = 1,
+        padding: int = DEFAULT_PADDING,
+        llm: LLM | None = None,
+        tools: list[BaseTool] | None = None,
+    ) -> TokenTextSplitter:
+        """Return a splitter for the room that a prompt leaves, and the chat template around it."""
+        padding += getattr(self._token_counter.tokenizer, "num_template_tokens", 0)
+        helper = self if llm is None else self._following(llm)
+        return super(BlockPromptHelper, helper).get_text_splitter_given_prompt(
+            prompt, num_chunks, padding, llm, tools
+        )
+
+    def repack(
+        self,
+        prompt: BasePromptTemplate,
+        text_chunks: Sequence[str],
+        padding: int = DEFAULT_PADDING,
+        llm: LLM | None = None,
+        tools: list[BaseTool] | None = None,
+    ) -> list[str]:
+        """Join as many passages as fit into one prompt, in their order, each of them whole."""
+        splitter = self.get_text_splitter_given_prompt(prompt, padding=padding, llm=llm, tools=tools)
+        count = self._token_counter.get_string_tokens
+        packs: list[list[str]] = []
+        room = 0
+        for text in filter(None, (chunk.strip() for chunk in text_chunks)):
+            num_tokens = count(text) + count(_SEPARATOR)
+            if num_tokens > splitter.chunk_size + count(_SEPARATOR):
+                packs += [[piece] for piece in splitter.split_text(text)]
+                room = 0
+            elif num_tokens <= room:
+                packs[-1].append(text)
+                room -= num_tokens
+            else:
+                packs.append([text])
+                room = splitter.chunk_size - num_tokens
+        return [_SEPARATOR.join(pack) for pack in packs] or [""]
+
+    def _following(self, llm: LLM) -> BlockPromptHelper:
+        """Return this helper with the window of an LLM, unless one was chosen."""
+        known = llm.metadata
+        sizes = {"context_window": known.context_window, "num_output": known.num_output}
+        followed = {name: size for name, size in sizes.items() if name not in self.model_fields_set}
+        return self.model_copy(update=followed)
+
+
+def use_in_settings(tokenizer: ModelTokenizer) -> None:
+    """Have LlamaIndex count tokens as the model does, and pack whole passages if no helper was chosen."""
+    Settings.tokenizer = tokenizer
+    helper = getattr(Settings, "_prompt_helper", None)
+    if helper is None or isinstance(helper._token_counter.tokenizer, ModelTokenizer):
+        Settings.prompt_helper = BlockPromptHelper(tokenizer=tokenizer)
