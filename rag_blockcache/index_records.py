@@ -35,7 +35,11 @@ class IndexSettings:
 
 @dataclass(frozen=True)
 class PassageRecord:
-    """One passage of a document: its content id, and the block that the model reads in its place."""
+    """One passage of a document: its id, and the block that the model reads in its place.
+
+    The id is the content id, but for passages that were added by a name of their own; see
+    ``Manifest.put_passages``.
+    """
 
     passage_id: str
     block_id: str
@@ -64,7 +68,8 @@ class PassageState:
     """A passage that some document holds, and how far its work has come.
 
     Attributes:
-        passage_id: Its content id.
+        passage_id: Its name.
+        content_id: What its content hashed to when it was recorded; of most passages this is their name.
         block_id: Name of its KV states.
         num_tokens: Length of its block.
         num_documents: How many documents hold it; at least one.
@@ -73,6 +78,7 @@ class PassageState:
     """
 
     passage_id: str
+    content_id: str
     block_id: str
     num_tokens: int
     num_documents: int

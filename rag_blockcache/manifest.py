@@ -25,6 +25,7 @@ from rag_blockcache.index_records import (
     DocumentRecord,
     IndexSettings,
     ManifestCounts,
+    PassageRecord,
     PassageState,
     PendingBlock,
     Released,
@@ -36,16 +37,24 @@ from rag_blockcache.manifest_tables import (
     IS_HELD,
     IS_NEEDED,
     OF_SHARD,
+    OWN,
     SCHEMA,
     as_json,
     bucket_of,
     count,
     delete_documents,
+    delete_holdings,
     insert_document,
+    own_document,
     release,
 )
 
 FILE_NAME = "manifest.sqlite"
+
+_OWN_CONTENT = (
+    f"(SELECT content_hash FROM documents AS own WHERE own.document_id = '{OWN}' || passages.passage_id)"
+)
+_IS_OWN = f"{_OWN_CONTENT} IS NOT NULL"
 
 _PAGE = 500  # rows in hand at a time where a table may be larger than memory
 
@@ -72,19 +81,24 @@ class Manifest:
 
     Args:
         directory: Directory of the index; made if missing.
+        shared_by_threads: The owner makes threads take turns, so that several may use the instance.
 
     Raises:
         StoreError: If the file there is foreign, damaged, or of another format version.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, *, shared_by_threads: bool = False) -> None:
         self.path = Path(directory) / FILE_NAME
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"no index can be kept in {directory} ({error}); choose another") from error
         self._database = Database(
-            self.path, application_id=APPLICATION_ID, format_version=FORMAT_VERSION, schema=SCHEMA
+            self.path,
+            application_id=APPLICATION_ID,
+            format_version=FORMAT_VERSION,
+            schema=SCHEMA,
+            shared_by_threads=shared_by_threads,
         )
         self._database.execute("CREATE TEMP TABLE seen (document_id TEXT PRIMARY KEY) WITHOUT ROWID")
         self._database.execute("CREATE TEMP TABLE chosen (block_id TEXT PRIMARY KEY) WITHOUT ROWID")
@@ -178,6 +192,41 @@ class Manifest:
         with self._database.transaction() as connection:
             return release(connection, delete_documents(connection, document_ids))
 
+    def put_passages(self, passages: Iterable[tuple[PassageRecord, str]]) -> Released:
+        """Record passages that are named by their users, each in place of what had its name.
+
+        Every one counts as a document, so that jobs over files leave it alone. Its content may change under
+        its name, so it is not embedded until it is said to be.
+
+        Args:
+            passages: Each with its content id.
+
+        Returns:
+            What no document holds any more; it is no longer marked embedded and done.
+        """
+        documents = [own_document(passage, content_id) for passage, content_id in passages]
+        names = as_json(passage.passage_id for document in documents for passage in document.passages)
+        with self._database.transaction() as connection:
+            before = delete_documents(connection, [document.document_id for document in documents])
+            for document in documents:
+                insert_document(connection, document)
+            connection.execute(f"UPDATE passages SET is_embedded = 0 WHERE passage_id {AMONG}", (names,))
+            return release(connection, before)
+
+    def remove_passages(self, passage_ids: Sequence[str]) -> Released:
+        """Take passages out of all documents that hold them; those that are not there are passed over.
+
+        Returns:
+            What no document holds any more; it is no longer marked embedded and done.
+        """
+        with self._database.transaction() as connection:
+            return release(connection, delete_holdings(connection, passage_ids))
+
+    def unfinished_passages(self) -> list[str]:
+        """Return the passages put by name of which nobody has said that they are embedded."""
+        query = f"SELECT passage_id FROM passages WHERE is_embedded = 0 AND {_IS_OWN}"
+        return [passage_id for (passage_id,) in self._database.read(query)]
+
     def unembedded(self, passage_ids: Iterable[str]) -> set[str]:
         """Return those of the passages on record whose vectors are not saved."""
         query = f"SELECT passage_id FROM passages WHERE is_embedded = 0 AND passage_id {AMONG}"
@@ -222,7 +271,9 @@ class Manifest:
 
     def drop_blocks(self, delete: Callable[[list[str]], object]) -> int:
         """Have blocks that no passage needs deleted, then forget them; see ``drop_passages``."""
-        is_unused = "NOT EXISTS (SELECT 1 FROM passages AS p WHERE p.block_id = blocks.block_id)"
+        is_unused = (
+            "is_done = 0 AND NOT EXISTS (SELECT 1 FROM passages AS p WHERE p.block_id = blocks.block_id)"
+        )
         return self._drop("blocks", "block_id", is_unused, _PAGE, delete)
 
     def _drop(
@@ -299,13 +350,14 @@ class Manifest:
 
     def passages(self, *, page: int = _PAGE) -> Iterator[list[PassageState]]:
         """Yield all passages that documents hold, a page at a time; the manifest may change between pages."""
-        query = """
-            SELECT passage_id, block_id, num_tokens, count(DISTINCT document_id), is_embedded, is_done
+        query = f"""
+            SELECT passage_id, coalesce({_OWN_CONTENT}, passage_id), block_id, num_tokens,
+                count(DISTINCT document_id), is_embedded, is_done
             FROM passages JOIN holdings USING (passage_id) JOIN blocks USING (block_id)
             WHERE passage_id > ? GROUP BY passage_id ORDER BY passage_id LIMIT ?"""
         last = ""
         while rows := list[Any](self._database.read(query, last, page)):
-            yield [PassageState(a, b, c, d, bool(e), bool(f)) for a, b, c, d, e, f in rows]
+            yield [PassageState(a, b, c, d, e, bool(f), bool(g)) for a, b, c, d, e, f, g in rows]
             last = rows[-1][0]
 
     def known_passages(self, passage_ids: Iterable[str]) -> set[str]:
@@ -319,6 +371,11 @@ class Manifest:
     def _known(self, table: str, column: str, ids: Iterable[str]) -> set[str]:
         query = f"SELECT {column} FROM {table} WHERE {column} {AMONG}"
         return {found for (found,) in self._database.read(query, as_json(ids))}
+
+    def needed_blocks(self, block_ids: Iterable[str]) -> set[str]:
+        """Return those of the blocks that a passage needs which some document holds."""
+        query = f"SELECT block_id FROM blocks WHERE block_id {AMONG} AND {IS_NEEDED}"
+        return {found for (found,) in self._database.read(query, as_json(block_ids))}
 
     def documents_of(self, passage_id: str) -> list[str]:
         """Return the documents that hold a passage, in order of their ids."""

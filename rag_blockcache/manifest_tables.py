@@ -7,7 +7,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 
-from rag_blockcache.index_records import DocumentRecord, ManifestCounts, Released
+from rag_blockcache.index_records import DocumentRecord, ManifestCounts, PassageRecord, Released
 
 FORMAT_VERSION = 1
 APPLICATION_ID = int.from_bytes(b"RAGm", "big")
@@ -38,6 +38,7 @@ CREATE INDEX passages_not_embedded ON passages (passage_id) WHERE is_embedded = 
 CREATE INDEX blocks_not_done ON blocks (num_tokens, block_id) WHERE is_done = 0
 """
 
+OWN = "passage:"  # before a passage's id: the document that stands for it alone; no path begins like this
 AMONG = "IN (SELECT value FROM json_each(?))"  # takes one argument, however many ids there are
 IS_HELD = "EXISTS (SELECT 1 FROM holdings AS h WHERE h.passage_id = passages.passage_id)"
 IS_NEEDED = """EXISTS (
@@ -59,15 +60,33 @@ def as_json(ids: Iterable[str]) -> str:
     return json.dumps(list(ids))
 
 
-def delete_documents(connection: sqlite3.Connection, document_ids: Sequence[str]) -> set[str]:
-    """Delete documents and what they hold; return the passages that they held."""
+def own_document(passage: PassageRecord, content_id: str) -> DocumentRecord:
+    """Make the document that holds a passage which is named by its user, not by its content."""
+    return DocumentRecord(OWN + passage.passage_id, content_id, (passage,))
+
+
+def delete_documents(connection: sqlite3.Connection, document_ids: Iterable[str]) -> Released:
+    """Delete documents and what they hold; return the passages that they held, and the blocks of those."""
     ids = (as_json(document_ids),)
-    held = {
-        row[0]
-        for row in connection.execute(f"SELECT passage_id FROM holdings WHERE document_id {AMONG}", ids)
-    }
+    held = _held(connection, f"SELECT passage_id FROM holdings WHERE document_id {AMONG}", ids)
     connection.execute(f"DELETE FROM documents WHERE document_id {AMONG}", ids)
     return held
+
+
+def delete_holdings(connection: sqlite3.Connection, passage_ids: Sequence[str]) -> Released:
+    """Take passages out of every document; return those that were held, and their blocks."""
+    ids = (as_json(passage_ids),)
+    held = _held(connection, f"SELECT passage_id FROM holdings WHERE passage_id {AMONG}", ids)
+    connection.execute(f"DELETE FROM holdings WHERE passage_id {AMONG}", ids)
+    delete_documents(connection, (OWN + passage_id for passage_id in passage_ids))
+    return held
+
+
+def _held(connection: sqlite3.Connection, query: str, arguments: tuple[str]) -> Released:
+    rows = connection.execute(
+        f"SELECT passage_id, block_id FROM passages WHERE passage_id IN ({query})", arguments
+    ).fetchall()
+    return Released(frozenset(row[0] for row in rows), frozenset(row[1] for row in rows))
 
 
 def insert_document(connection: sqlite3.Connection, document: DocumentRecord) -> None:
@@ -95,27 +114,20 @@ def insert_document(connection: sqlite3.Connection, document: DocumentRecord) ->
     )
 
 
-def release(connection: sqlite3.Connection, before: Iterable[str]) -> Released:
-    """Find which of the passages nobody holds now, and take back what was claimed of them."""
-    candidates = (as_json(before),)
-    passages = [
-        row[0]
-        for row in connection.execute(
-            f"SELECT passage_id FROM passages WHERE passage_id {AMONG} AND NOT {IS_HELD}", candidates
-        )
-    ]
-    released = (as_json(passages),)
-    blocks = [
-        row[0]
-        for row in connection.execute(
-            f"SELECT block_id FROM blocks WHERE NOT {IS_NEEDED} AND block_id IN "
-            f"(SELECT block_id FROM passages WHERE passage_id {AMONG})",
-            released,
-        )
-    ]
-    connection.execute(f"UPDATE passages SET is_embedded = 0 WHERE passage_id {AMONG}", released)
-    connection.execute(f"UPDATE blocks SET is_done = 0 WHERE block_id {AMONG}", (as_json(blocks),))
-    return Released(frozenset(passages), frozenset(blocks))
+def release(connection: sqlite3.Connection, before: Released) -> Released:
+    """Find what of passages and blocks nobody holds or needs now, and take back what was claimed of it."""
+    passages = connection.execute(
+        f"SELECT passage_id FROM passages WHERE passage_id {AMONG} AND NOT {IS_HELD}",
+        (as_json(before.passages),),
+    )
+    released = frozenset(row[0] for row in passages)
+    blocks = connection.execute(
+        f"SELECT block_id FROM blocks WHERE block_id {AMONG} AND NOT {IS_NEEDED}", (as_json(before.blocks),)
+    )
+    unneeded = frozenset(row[0] for row in blocks)
+    connection.execute(f"UPDATE passages SET is_embedded = 0 WHERE passage_id {AMONG}", (as_json(released),))
+    connection.execute(f"UPDATE blocks SET is_done = 0 WHERE block_id {AMONG}", (as_json(unneeded),))
+    return Released(released, unneeded)
 
 
 def count(connection: sqlite3.Connection) -> ManifestCounts:

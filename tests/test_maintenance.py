@@ -147,6 +147,36 @@ def test_a_lost_vector_is_embedded_again(index):
     assert verify(**index.parts).is_sound
 
 
+def test_a_lost_vector_that_nobody_here_can_make_is_told_and_its_text_is_kept(index):
+    index.manifest.put_passages(
+        (PassageRecord(passage.passage_id, index.cache.block(passage).block_id, 5), passage.content_id)
+        for passage in index.passages
+    )
+    index.manifest.mark_embedded(passage.passage_id for passage in index.passages)
+    with sqlite3.connect(index.directory / "index" / "passages.sqlite") as connection:
+        connection.execute("DELETE FROM vectors WHERE vector_id = 2")
+        connection.execute("UPDATE settings SET value = NULL WHERE name = 'embedder'")
+    connection.close()
+    with closing(Retriever(index.directory / "index")) as retriever:
+        report = verify(cache=index.cache, retriever=retriever, manifest=index.manifest, repair=True)
+        assert report.num_repaired_passages == 0
+        assert "lost its vector" in report.failures[0].reason
+        assert index.manifest.unfinished_passages() == [index.passages[1].passage_id]
+        assert retriever.get([index.passages[1].passage_id]) == [index.passages[1]]
+
+
+def test_a_passage_put_by_name_is_as_recorded_until_its_text_is_changed(index):
+    named = Passage("The note was published in 1843.", passage_id="a name of its own")
+    block = index.cache.block(named)
+    record = PassageRecord(named.passage_id, block.block_id, len(block.token_ids))
+    index.manifest.put_passages([(record, named.content_id)])
+    index.retriever.add([named])
+    index.manifest.mark_embedded([named.passage_id])
+    assert verify(**index.parts).is_sound
+    index.retriever.add([Passage("The note was lost.", passage_id=named.passage_id)])
+    assert verify(**index.parts).changed_passages == (named.passage_id,)
+
+
 def test_a_changed_index_file_is_made_again(index):
     index.retriever.save()
     (saved,) = (index.directory / "index").glob("*.faiss")

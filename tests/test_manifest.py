@@ -17,7 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag_blockcache.errors import IndexMismatchError, OutOfSpaceError, StoreError
-from rag_blockcache.index_records import DocumentRecord, IndexSettings, PassageRecord, Released
+from rag_blockcache.index_records import (
+    DocumentRecord,
+    IndexSettings,
+    PassageRecord,
+    PassageState,
+    Released,
+)
 from rag_blockcache.manifest import Manifest, is_in_shard
 
 SETTINGS = IndexSettings("tiny", "f00", "minilm", "paper", "512 tokens")
@@ -105,6 +111,49 @@ def test_claims_on_what_nobody_holds_any_more_are_not_recorded(manifest):
     assert manifest.drop_passages(dropped.extend) == 1
     assert manifest.drop_blocks(dropped.extend) == 1
     assert dropped == ["a", "block-a"]
+
+
+def test_a_passage_put_by_name_is_worked_on_again_whenever_it_is_put(manifest):
+    first, second = PassageRecord("p", "block-1", 10), PassageRecord("p", "block-2", 12)
+    assert manifest.put_passages([(first, "content 1")]) == Released()
+    assert manifest.unfinished_passages() == ["p"]
+    finish(manifest)
+    assert manifest.unfinished_passages() == []
+    assert states(manifest)["p"].content_id == "content 1"
+    assert manifest.put_passages([(second, "content 2")]) == Released(blocks=frozenset({"block-1"}))
+    assert manifest.unfinished_passages() == ["p"]
+    assert states(manifest)["p"] == PassageState("p", "content 2", "block-2", 12, 1, False, False)
+    dropped: list[str] = []
+    assert manifest.drop_blocks(dropped.extend) == 1
+    assert dropped == ["block-1"]
+
+
+def test_a_block_that_another_passage_needs_stays_when_a_name_gets_other_content(manifest):
+    shared = [PassageRecord(name, "block-1", 10) for name in "pq"]
+    manifest.put_passages([(record, "content") for record in shared])
+    finish(manifest)
+    assert manifest.put_passages([(PassageRecord("p", "block-2", 10), "other")]) == Released()
+    assert manifest.needed_blocks(["block-1", "block-2", "block-3"]) == {"block-1", "block-2"}
+    assert manifest.remove_passages(["q", "not there"]) == Released(frozenset("q"), frozenset({"block-1"}))
+    assert manifest.needed_blocks(["block-1", "block-2"]) == {"block-2"}
+
+
+def test_removing_passages_takes_them_out_of_every_document(manifest):
+    manifest.replace_documents([document("d", "abc"), document("e", "b")])
+    manifest.put_passages([(passage("b"), "content")])
+    finish(manifest)
+    assert manifest.remove_passages(["b"]) == Released(frozenset("b"), frozenset({"block-b"}))
+    assert (manifest.passages_of("d"), manifest.passages_of("e")) == (["a", "c"], [])
+    assert manifest.documents_of("b") == []
+    assert set(states(manifest)) == {"a", "c"}
+
+
+def test_a_scan_over_files_leaves_passages_put_by_name_where_they_are(manifest):
+    manifest.put_passages([(passage("a"), "content")])
+    manifest.replace_documents([document("/docs/d", "ab")])
+    finish(manifest)
+    assert manifest.remove_documents(["/docs/d"]) == Released(frozenset("b"), frozenset({"block-b"}))
+    assert set(states(manifest)) == {"a"}
 
 
 def test_what_could_not_be_deleted_stays_on_record(manifest):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rag_blockcache.manifest import Manifest
+from rag_blockcache.manifest_tables import OWN
 from rag_blockcache.passages import Passage
 
 if TYPE_CHECKING:
@@ -40,8 +41,12 @@ def name_other_sources(
 
 
 def _holders(manifest: Manifest, passage_id: str, remaining: Mapping[str, Collection[str]]) -> list[str]:
-    """Return the documents that will hold a passage once ``remaining`` is on record."""
-    before = set(manifest.documents_of(passage_id)) - remaining.keys()
+    """Return the documents that will hold a passage once ``remaining`` is on record.
+
+    A passage that stands for itself says where it comes from; that is left alone.
+    """
+    found = manifest.documents_of(passage_id)
+    before = {name for name in found if not name.startswith(OWN)} - remaining.keys()
     return sorted(before | {name for name, kept in remaining.items() if passage_id in kept})
 
 

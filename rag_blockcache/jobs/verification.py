@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GROUP = 500
-_PASSAGE_ID = re.compile(r"\b[0-9a-f]{32}\b")
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class _Checking:
                 self.missing_blocks[state.block_id] = None
 
     def _is_as_recorded(self, passage: Passage, state: PassageState) -> bool:
-        is_same_text = passage.content_id == state.passage_id
+        is_same_text = passage.content_id == state.content_id
         return is_same_text and self.cache.block(passage).block_id == state.block_id
 
     def repair_blocks(self) -> None:
@@ -188,20 +186,27 @@ class _Checking:
     def repair_passages(self, index_problems: list[str]) -> None:
         """Make the vector index again, embed again what lost its vector, note what lost its text."""
         if index_problems:
-            self._embed_again(sorted(set(_PASSAGE_ID.findall(" ".join(index_problems)))))
+            self._embed_again(self.retriever.damaged())
             self.retriever.rebuild()
-        lost = [*self.missing_passages, *self.changed_passages]
-        self.manifest.mark_lost(passage_ids=lost)
         self.retriever.delete(self.changed_passages)
-        for passage_id in lost:
-            documents = ", ".join(self.manifest.documents_of(passage_id))
-            self.tally.fail(documents, f"passage {passage_id} lost its text; run index-and-prefill again")
+        self._give_up([*self.missing_passages, *self.changed_passages], "text")
 
     def _embed_again(self, passage_ids: list[str]) -> None:
+        if not self.retriever.can_embed:
+            self._give_up(passage_ids, "vector, which did not come from an embedder known here")
+            return
         for start in range(0, len(passage_ids), _GROUP):
             group = self.retriever.get(passage_ids[start : start + _GROUP])
             self.retriever.add(group)
             self.tally.counts["num_added_passages"] += len(group)
+
+    def _give_up(self, passage_ids: list[str], what: str) -> None:
+        """Note what only the next job, or whoever has added it, can make whole again."""
+        self.manifest.mark_lost(passage_ids=passage_ids)
+        for passage_id in passage_ids:
+            documents = ", ".join(self.manifest.documents_of(passage_id))
+            advice = "run index-and-prefill again, or add it again where it was added by name"
+            self.tally.fail(documents, f"passage {passage_id} lost its {what}; {advice}")
 
 
 def check_model(cache: BlockCache, manifest: Manifest) -> None:

@@ -112,6 +112,11 @@ class Retriever:
         return name
 
     @property
+    def can_embed(self) -> bool:
+        """Whether there is an embedder, so that texts can be added and asked for without ready vectors."""
+        return self._embedder is not None
+
+    @property
     def index_factory(self) -> str:
         """FAISS factory string of the index."""
         return self._table.setting("index_factory") or self._wanted_factory or "Flat"
