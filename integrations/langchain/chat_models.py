@@ -1,0 +1,320 @@
+"""ChatBlockCache: a LangChain chat model whose prompts reuse what was prefilled."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+from uuid import UUID
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import SecretStr
+
+from rag_blockcache import Chat
+from rag_blockcache.errors import InvalidInputError
+
+from .batch_inputs import (
+    Configs,
+    group_size,
+    merged,
+    single_acalls,
+    single_calls,
+)
+from .batching import aask, ask, atogether, leave_batch, together
+from .engine import EngineOptions
+from .messages import (
+    PROVIDER,
+    answer_message,
+    chat_messages,
+    last_chunk,
+    passages,
+    shown_texts,
+)
+from .structured_output import parsed, text_parser, tool_parser
+from .tools import choice_of_tool, function_tools, response_schema
+
+
+class ChatBlockCache(EngineOptions, BaseChatModel):
+    """A chat model in which passages of the prompt are reused wherever they stand.
+
+    Passages are found by their text. What retrievers of the same chain returned, artifacts of tool messages
+    and blocks of type ``text-plain`` tell where others begin and end, which are then learned. Every call also
+    takes ``documents=``: passages that the model must read, shown to it unless the messages hold them.
+
+    Construction loads nothing. All models with equal options share one engine.
+
+    Attributes:
+        streaming: Let ``invoke`` stream to the callbacks.
+        api_key: Taken, like the next two, so that code written for a hosted model runs; nothing leaves this
+            machine, so there is nothing to unlock, to wait for or to repeat.
+        timeout: See ``api_key``.
+        max_retries: See ``api_key``.
+
+    The other attributes are those of ``EngineOptions``.
+    """
+
+    streaming: bool = False
+    api_key: SecretStr | None = None
+    timeout: float | None = None
+    max_retries: int | None = None
+
+    # What LangChain asks of a model
+
+    @property
+    def _llm_type(self) -> str:
+        return f"{PROVIDER}-chat"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return self.answer_params()
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop_strings(), **kwargs)
+        params["ls_provider"] = PROVIDER
+        params.setdefault("ls_model_name", self.model_label)
+        return params
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        return ModelProfile(
+            text_inputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            pdf_inputs=False,
+            text_outputs=True,
+            tool_calling=True,
+            tool_choice=True,
+            structured_output=True,
+        )
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, by the model's own tokenizer."""
+        return self.token_ids(text)
+
+    # Answers
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        request, options = self._prepared(messages, stop, run_manager, kwargs)
+        message = answer_message(ask(self.engine, request, options), self.model_label)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        request, options = self._prepared(messages, stop, run_manager, kwargs)
+        message = answer_message(await aask(self.engine, request, options), self.model_label)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        leave_batch()
+        request, options = self._prepared(messages, stop, run_manager, kwargs)
+        with self.engine.stream_answer(request, **options) as stream:
+            for piece in stream:
+                chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+                if run_manager:
+                    run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+        yield ChatGenerationChunk(message=last_chunk(stream.answer, self.model_label))
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        leave_batch()
+        request, options = self._prepared(messages, stop, run_manager, kwargs)
+        stream = self.engine.astream_answer(request, **options)
+        try:
+            async for piece in stream:
+                chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+                if run_manager:
+                    await run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+        finally:
+            await stream.aclose()
+        yield ChatGenerationChunk(message=last_chunk(stream.answer, self.model_label))
+
+    def _prepared(
+        self, messages: list[BaseMessage], stop: list[str] | None, run_manager: Any, options: dict[str, Any]
+    ) -> tuple[Chat, dict[str, Any]]:
+        """Translate a call: what is asked, and the options of the answer."""
+        options = dict(options)
+        options.pop("stream", None)  # LangChain's, and obeyed by now
+        tools = function_tools(options.pop("tools", None))
+        request = Chat(
+            messages=chat_messages(messages),
+            documents=passages(options.pop("documents", None) or ()),
+            hints=self.hints(run_manager, shown_texts(messages)),
+            tools=tools,
+            tool_choice=choice_of_tool(options.pop("tool_choice", None), tools),
+            response_schema=response_schema(options.pop("response_format", None)),
+            finds_passages=options.pop("finds_passages", self.finds_passages),
+        )
+        return request, self.answer_options(stop, options)
+
+    # Batches
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answer inputs together, each with its own config; see ``batch_size``."""
+        calls = single_calls(self.invoke, inputs, config, kwargs, return_exceptions=return_exceptions)
+        return together(self.engine, calls, group_size(self.batch_size, config))
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answer inputs together as ``batch`` does, without keeping the event loop."""
+        calls = single_acalls(self.ainvoke, inputs, config, kwargs, return_exceptions=return_exceptions)
+        return await atogether(self.engine, calls, group_size(self.batch_size, config))
+
+    def generate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        *,
+        run_id: UUID | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Answer several lists of messages together."""
+        stock = super().generate
+        if len(messages) < 2:
+            return stock(messages, stop, callbacks, run_id=run_id, **kwargs)
+        ids = [run_id, *[None] * (len(messages) - 1)]
+        calls = [
+            partial(stock, [each], stop, callbacks, run_id=own, **kwargs)
+            for each, own in zip(messages, ids, strict=True)
+        ]
+        results = together(self.engine, calls, self.batch_size)
+        return merged(results, self._combine_llm_outputs([each.llm_output for each in results]))
+
+    async def agenerate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        *,
+        run_id: UUID | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Answer several lists of messages together, without keeping the event loop."""
+        stock = super().agenerate
+        if len(messages) < 2:
+            return await stock(messages, stop, callbacks, run_id=run_id, **kwargs)
+        ids = [run_id, *[None] * (len(messages) - 1)]
+        calls = [
+            partial(stock, [each], stop, callbacks, run_id=own, **kwargs)
+            for each, own in zip(messages, ids, strict=True)
+        ]
+        results = await atogether(self.engine, calls, self.batch_size)
+        return merged(results, self._combine_llm_outputs([each.llm_output for each in results]))
+
+    # Tools and structured output
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: Any = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the model call tools.
+
+        Args:
+            tools: Of any kind that LangChain knows.
+            tool_choice: None or ``auto`` lets the model choose; ``any``, ``required`` or True makes it call
+                one; the name of a tool, or OpenAI's or Anthropic's dictionary with it, makes it call that;
+                ``none`` or False lets it call none.
+            strict: Make all parameters required, as OpenAI's strict mode does. Calls that are forced follow
+                the schema in any case.
+            **kwargs: Bound as well.
+
+        Raises:
+            InvalidInputError: If a tool or the choice cannot be used.
+        """
+        functions = function_tools(tools, strict=strict)
+        chosen = choice_of_tool(tool_choice, functions)
+        return self.bind(tools=functions, tool_choice=chosen, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        include_raw: bool = False,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Have answers follow a schema, which decoding is constrained to.
+
+        Args:
+            schema: A Pydantic class gives its instances; a ``TypedDict``, a JSON schema or a function gives
+                dictionaries. ``json_mode`` works without one, too.
+            include_raw: Return a dictionary with ``raw``, ``parsed`` and ``parsing_error`` instead.
+            method: ``json_schema`` constrains the answer, ``function_calling`` a call that is forced.
+                ``json_mode`` constrains the answer as well; here it is no weaker than ``json_schema``.
+            strict: Make all properties required, as OpenAI's strict mode does.
+            **kwargs: Bound as well, such as ``tools``.
+
+        Raises:
+            InvalidInputError: If there is no such method, or it needs a schema.
+        """
+        if method not in ("json_schema", "function_calling", "json_mode"):
+            raise InvalidInputError(
+                f"method is {method!r}; use 'json_schema', 'function_calling' or 'json_mode'"
+            )
+        if schema is None:
+            if method != "json_mode":
+                raise InvalidInputError(f"method {method!r} needs a schema; pass one, or use 'json_mode'")
+            json_object = self.bind(response_format={"type": "json_object"}, **kwargs)
+            return parsed(json_object, text_parser(None), include_raw=include_raw)
+        tool = convert_to_openai_tool(schema, strict=strict)
+        traced = {"kwargs": {"method": method, "strict": strict}, "schema": tool}
+        if method == "function_calling":
+            name = tool["function"]["name"]
+            caller = self.bind_tools(
+                [schema], tool_choice=name, strict=strict, ls_structured_output_format=traced, **kwargs
+            )
+            return parsed(caller, tool_parser(schema, name), include_raw=include_raw)
+        response_format = {
+            "type": "json_schema",
+            "json_schema": {"schema": convert_to_json_schema(schema, strict=strict)},
+        }
+        writer = self.bind(response_format=response_format, ls_structured_output_format=traced, **kwargs)
+        return parsed(writer, text_parser(schema), include_raw=include_raw)
