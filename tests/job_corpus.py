@@ -43,6 +43,7 @@ class FakeCache:
         )
         self.prompt = SimpleNamespace(format=SimpleNamespace(name="paper"), preamble="")
         self.encoded: list[str] = []
+        self.forgotten: list[str] = []
 
     def block(self, passage: Passage) -> Block:
         token_ids = tuple(f"{passage.title}|{passage.text}".encode())
@@ -75,6 +76,11 @@ class FakeCache:
             seconds=0.1,
             num_not_stored=len(unstored) - len(missing),
         )
+
+    def forget(self, passages) -> None:
+        self.forgotten += [passage.text for passage in passages]
+        for passage in passages:
+            self.store.pop(self.block(passage).block_id, None)
 
     def close(self) -> None:
         self.store.close()

@@ -121,7 +121,9 @@ def test_a_shared_passage_is_encoded_once_counted_twice_and_stays_while_anyone_h
     assert SHARED in passages(out)
     (corpus / "bob.jsonl").unlink()
     write(corpus / "cat.jsonl", "About cat there is a lot to say.")
-    assert run(out, [corpus]).num_removed_passages == 2
+    last = FakeCache(out)
+    assert run(out, [corpus], cache=last).num_removed_passages == 2
+    assert sorted(last.forgotten) == ["About bob there is a lot to say.", SHARED]
     assert passages(out) == ["About cat there is a lot to say."]
     assert len(state(out)["stored"]) == 1
 

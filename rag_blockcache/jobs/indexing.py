@@ -13,6 +13,7 @@ from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.index_records import DocumentRecord, PassageRecord
 from rag_blockcache.jobs.documents import Document, PassageSplitter, split_document
 from rag_blockcache.jobs.index_report import JobTally
+from rag_blockcache.jobs.removal import Removal, only_counted
 from rag_blockcache.jobs.sources import name_other_sources
 from rag_blockcache.manifest import Manifest
 from rag_blockcache.passages import Passage
@@ -99,17 +100,15 @@ class Indexing:
     def drop_unused(self) -> None:
         """Delete the passages that no document holds any more, then the blocks that no passage needs."""
         with self._tally.timed("remove"):
-            self._tally.counts["num_removed_passages"] += self._manifest.drop_passages(self._delete_passages)
-            self._tally.counts["num_dropped_blocks"] += self._manifest.drop_blocks(self._delete_blocks)
+            num_passages, num_blocks = self._drop_unused()
+        self._tally.counts["num_removed_passages"] += num_passages
+        self._tally.counts["num_dropped_blocks"] += num_blocks
 
-    def _delete_passages(self, passage_ids: list[str]) -> None:
-        if self._retriever is not None:
-            self._retriever.delete(passage_ids)
-
-    def _delete_blocks(self, block_ids: list[str]) -> None:
-        if self._retriever is not None:
-            for block_id in block_ids:
-                self._cache.store.pop(block_id, None)
+    def _drop_unused(self) -> tuple[int, int]:
+        if self._retriever is None:
+            return only_counted(self._manifest)
+        removal = Removal(cache=self._cache, retriever=self._retriever, manifest=self._manifest)
+        return removal.drop_unused()
 
     def _split(self, document: Document) -> tuple[DocumentRecord, dict[str, Passage]]:
         records, passages = [], {}

@@ -16,6 +16,7 @@ from rag_blockcache.errors import StoreError
 from rag_blockcache.index_records import IndexSettings, ManifestCounts
 from rag_blockcache.jobs.index_lock import index_lock
 from rag_blockcache.jobs.index_report import Failure
+from rag_blockcache.jobs.removal import Removal, only_counted
 from rag_blockcache.jobs.verification import VerifyReport, check_model, verify
 from rag_blockcache.manifest import FILE_NAME, Manifest
 
@@ -83,13 +84,12 @@ def collect_garbage(
     started, directory = time.perf_counter(), manifest.path.parent
     with index_lock(directory, exclusive=True):
         before = _size_bytes(directory / "blocks", _BLOCK_SUFFIX)
-        num_passages, num_blocks = (_count_released if dry_run else _drop_released)(
-            cache, retriever, manifest
-        )
+        removal = Removal(cache=cache, retriever=retriever, manifest=manifest)
+        num_passages, num_blocks = _count_released(manifest) if dry_run else removal.drop_unused()
         strays, unknown = _unknown_passages(retriever, manifest), _unknown_blocks(cache, manifest)
         num_lost = 0
         if not dry_run:
-            retriever.delete(strays)
+            removal.delete(strays)
             retriever.save()
             _delete(cache, unknown if unknown_blocks else ())
             num_lost = _drop_lost(cache, manifest)
@@ -105,15 +105,9 @@ def collect_garbage(
     )
 
 
-def _drop_released(cache: BlockCache, retriever: Retriever, manifest: Manifest) -> tuple[int, int]:
-    num_passages = manifest.drop_passages(retriever.delete)
-    return num_passages, manifest.drop_blocks(lambda block_ids: _delete(cache, block_ids))
-
-
-def _count_released(cache: BlockCache, retriever: Retriever, manifest: Manifest) -> tuple[int, int]:
-    """Drop from a copy of the manifest alone."""
+def _count_released(manifest: Manifest) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as directory, closing(manifest.copy_to(directory)) as scratch:
-        return scratch.drop_passages(lambda _: None), scratch.drop_blocks(lambda _: None)
+        return only_counted(scratch)
 
 
 def _unknown_passages(retriever: Retriever, manifest: Manifest) -> list[str]:
