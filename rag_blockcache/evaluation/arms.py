@@ -1,0 +1,73 @@
+"""What is compared: a reuse policy, with how blocks are encoded and whether passages are shown at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.reuse import parse_policy
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer.
+
+    Attributes:
+        name: As the report shows it.
+        policy: Reuse policy; see ``reuse.parse_policy``.
+        shows_passages: Whether the model reads the passages.
+        moves_keys: Whether keys are moved to their positions; otherwise they stay at those where their block
+            was encoded, which shows what position re-encoding is worth.
+        options: Further arguments of ``BlockCache``, such as ``condition_on_preamble``.
+    """
+
+    name: str
+    policy: str
+    shows_passages: bool = True
+    moves_keys: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> str:
+        """Names the engine that it needs; arms with the same one share its blocks."""
+        return json.dumps([self.moves_keys, sorted(self.options.items())])
+
+
+FULL_ARM = Arm("full", "full")  # the reference of all others
+NO_PASSAGES = Arm("no-passages", "full", shows_passages=False)  # the zero of fidelity
+
+_WAYS: dict[str, dict[str, Any]] = {
+    "conditioned": {"options": {"condition_on_preamble": True}},
+    "unmoved": {"moves_keys": False},
+}
+
+
+def parse_arm(name: str) -> Arm:
+    """Read an arm by name: a policy, ``policy/conditioned``, ``policy/unmoved``, or ``no-passages``.
+
+    Raises:
+        InvalidInputError: If there is no such policy, or no such way.
+    """
+    if name == NO_PASSAGES.name:
+        return NO_PASSAGES
+    policy, *ways = name.split("/")
+    parse_policy(policy)
+    if not set(ways) <= set(_WAYS):
+        raise InvalidInputError(
+            f"{name!r} is unknown; behind a policy stand /{' and /'.join(_WAYS)}, and "
+            f"{NO_PASSAGES.name!r} shows no passages"
+        )
+    chosen: dict[str, Any] = {}
+    for way in ways:
+        chosen |= _WAYS[way]
+    return Arm(name, policy, **chosen)
+
+
+def parse_arms(names: str) -> list[Arm]:
+    """Read names with commas between them; full attention and no passages, the two ends, always belong."""
+    given = [parse_arm(name.strip()) for name in names.split(",") if name.strip()]
+    arms = {arm.name: arm for arm in (FULL_ARM, NO_PASSAGES, *given)}
+    return list(arms.values())

@@ -1,0 +1,52 @@
+"""The engines of a comparison: one for each kind of encoding, all over one loaded model."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rag_blockcache.block_cache import BlockCache
+from rag_blockcache.evaluation.arms import FULL_ARM, Arm
+from rag_blockcache.evaluation.unmoved import UnmovedBlockCache
+
+
+class Engines:
+    """Opens a ``BlockCache`` for each kind of encoding that arms ask for; arms of one kind share its blocks.
+
+    Blocks are in memory only, without a bound: whoever measures deletes what is no longer needed.
+
+    Args:
+        model: Hub id, folder, or loaded model, as for ``BlockCache``.
+        **options: Further arguments of ``BlockCache``, the same for all arms.
+
+    Attributes:
+        plain: The engine of arms without options of their own.
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.plain = BlockCache(model, None, memory_budget_bytes=None, **options)
+        loading = {"tokenizer", "device", "dtype", "adapter"}  # done once
+        self._options = {name: value for name, value in options.items() if name not in loading}
+        self._by_kind: dict[str, BlockCache] = {FULL_ARM.engine: self.plain}
+
+    def of(self, arm: Arm) -> BlockCache:
+        """Return the engine of an arm, opened when it is first asked for."""
+        if arm.engine not in self._by_kind:
+            kind = BlockCache if arm.moves_keys else UnmovedBlockCache
+            self._by_kind[arm.engine] = kind(
+                self.plain.model.network,
+                None,
+                tokenizer=self.plain.tokenizer,
+                memory_budget_bytes=None,
+                **{**self._options, **arm.options},
+            )
+        return self._by_kind[arm.engine]
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for engine in self._by_kind.values():
+            engine.close()

@@ -1,0 +1,129 @@
+"""The same questions with other passages around them: fewer, more, in another order, or twice.
+
+Everything here is drawn by a seed that depends on the question alone, so that every run and every arm sees
+the same prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.evaluation.answer_metrics import contains_answer
+from rag_blockcache.evaluation.qa_examples import QaExample
+from rag_blockcache.passages import Passage
+
+_Marked = list[tuple[Passage, bool | None]]
+
+
+def _gold_first(marked: _Marked, _: random.Random) -> _Marked:
+    return sorted(marked, key=lambda pair: not pair[1])
+
+
+def _gold_last(marked: _Marked, _: random.Random) -> _Marked:
+    return sorted(marked, key=lambda pair: bool(pair[1]))
+
+
+def _shuffled(marked: _Marked, generator: random.Random) -> _Marked:
+    return generator.sample(marked, len(marked))
+
+
+_ORDERS: dict[str, Callable[[_Marked, random.Random], _Marked]] = {
+    "given": lambda marked, _: marked,
+    "reversed": lambda marked, _: marked[::-1],
+    "shuffled": _shuffled,
+    "gold-first": _gold_first,
+    "gold-last": _gold_last,
+    "twice": lambda marked, _: marked * 2,
+}
+ORDERS = tuple(_ORDERS)
+
+
+def vary(
+    examples: Sequence[QaExample], *, num_passages: Sequence[int] = (), orders: Sequence[str] = ("given",)
+) -> list[QaExample]:
+    """Return every question once for each number of passages and each order.
+
+    Args:
+        examples: Of one benchmark; where a question needs more passages, it takes those of the others.
+        num_passages: How many passages; empty leaves them as they are.
+        orders: Names in ``ORDERS``.
+
+    Raises:
+        InvalidInputError: If an order is unknown, a number is below 1, or there are not enough passages.
+    """
+    unknown = [order for order in orders if order not in _ORDERS]
+    if unknown or min(num_passages, default=1) < 1:
+        raise InvalidInputError(
+            f"orders are {list(orders)} and numbers of passages {list(num_passages)}; the orders are "
+            f"{', '.join(ORDERS)}, and a prompt has at least one passage"
+        )
+    varied = []
+    for example in examples:
+        sized = [with_num_passages(example, number, examples) for number in num_passages] or [example]
+        varied += [in_order(each, order) for each in sized for order in orders]
+    return varied
+
+
+def in_order(example: QaExample, order: str) -> QaExample:
+    """Return an example with its passages in another order; see ``ORDERS``."""
+    marked = list(zip(example.passages, example.is_gold, strict=True))
+    ordered = _ORDERS[order](marked, random.Random(example.example_id))
+    return _with(example, ordered, "" if order == "given" else order)
+
+
+def with_num_passages(example: QaExample, number: int, pool: Iterable[QaExample]) -> QaExample:
+    """Return an example with so many passages.
+
+    Passages that hold the answer are the last to go; what stays keeps its order. More passages come from
+    other questions, hold no gold answer, and are put anywhere.
+
+    Args:
+        example: The example.
+        number: How many passages.
+        pool: Questions whose passages may be added.
+    """
+    marked = list(zip(example.passages, example.is_gold, strict=True))
+    generator = random.Random(example.example_id)
+    if number <= len(marked):
+        ranks = [(not _helps(example, *pair), generator.random()) for pair in marked]
+        kept = sorted(sorted(range(len(marked)), key=ranks.__getitem__)[:number])
+        chosen = [marked[index] for index in kept]
+    else:
+        chosen = _shuffled(marked + _others(example, number - len(marked), pool, generator), generator)
+    return _with(example, chosen, f"{number} passage{'s' if number > 1 else ''}")
+
+
+def _helps(example: QaExample, passage: Passage, gold: bool | None) -> bool:
+    """Tell whether a passage holds the answer; where nobody marked it, by its words."""
+    return gold if gold is not None else contains_answer(f"{passage.title} {passage.text}", example.answers)
+
+
+def _others(example: QaExample, number: int, pool: Iterable[QaExample], generator: random.Random) -> _Marked:
+    own = set(example.passages)
+    found = dict.fromkeys(passage for other in pool for passage in other.passages if passage not in own)
+    candidates = generator.sample(list(found), len(found))
+    kept: _Marked = []
+    for passage in candidates:
+        if len(kept) == number:
+            break
+        if not contains_answer(f"{passage.title} {passage.text}", example.answers):
+            gold = None if None in example.is_gold else False
+            kept.append((passage, gold))
+    if len(kept) < number:
+        raise InvalidInputError(
+            f"question {example.example_id} needs {number} more passages, and the others of its benchmark "
+            f"have {len(kept)} without its answer; read more questions, or ask for fewer passages"
+        )
+    return kept
+
+
+def _with(example: QaExample, marked: _Marked, change: str) -> QaExample:
+    return dataclasses.replace(
+        example,
+        passages=tuple(passage for passage, _ in marked),
+        is_gold=tuple(gold for _, gold in marked),
+        variant=", ".join(filter(None, [example.variant, change])),
+    )
