@@ -143,6 +143,11 @@ class BlockCacheLLM(SchemaLLM):
         return "BlockCacheLLM"
 
     @property
+    def engine(self) -> SharedCache:
+        """What it answers with; ``engine.get()`` is the ``BlockCache``, to prefill passages say."""
+        return self._engine
+
+    @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex plans prompts by; known without the weights."""
         window = self._engine.context_window
