@@ -141,19 +141,21 @@ class BlockCache:
 
     # Naming
 
-    def segments(self, question: str, passages: Iterable[str | Passage], **chat: Any) -> list[list[int]]:
+    def segments(
+        self, request: str | Request, passages: Iterable[str | Passage] = (), **chat: Any
+    ) -> list[list[int]]:
         """Return the token ids of a prompt, cut as they are computed: preamble, passages, final block.
 
         Args:
-            question: What to answer.
-            passages: Texts to answer from; may be empty.
-            **chat: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
+            request: What is asked; a question may come as a string.
+            passages: With a string: texts to answer from.
+            **chat: With a string: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
 
         Returns:
-            One list a segment; the first (preamble) may be empty. What a format or a chat template writes
-            between passages is a segment of its own.
+            One list a segment; the first (preamble) may be empty. What stands between passages is a segment
+            of its own.
         """
-        cut = self._planner.segments(Question(question, as_passages(passages), **chat))
+        cut = self._planner.segments(_request(request, passages, chat))
         return [list(segment.token_ids) for segment in cut]
 
     def block(self, passage: str | Passage) -> Block:
@@ -353,24 +355,29 @@ class BlockCache:
         return self.answer_batch(questions, **options)
 
     def first_logits(
-        self, question: str, passages: Iterable[str | Passage], *, policy: str = "auto", **chat: Any
+        self,
+        request: str | Request,
+        passages: Iterable[str | Passage] = (),
+        *,
+        policy: str = "auto",
+        **chat: Any,
     ) -> Tensor:
         """Return the logits of the first new token, ``(vocab_size,)``, float32, on the CPU.
 
         Args:
-            question: As for ``generate``.
-            passages: As for ``generate``.
-            policy: As for ``generate``.
-            **chat: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
+            request: What is asked; a question may come as a string.
+            passages: With a string: texts to answer from.
+            policy: As for ``answer``.
+            **chat: With a string: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
         """
-        start = time.perf_counter()
-        request = Question(question, as_passages(passages), **chat)
-        plan = self._planner.plan(request, policy=policy, max_new_tokens=0, start=start)
+        plan = self._planner.plan(
+            _request(request, passages, chat), policy=policy, max_new_tokens=0, start=time.perf_counter()
+        )
         return self._prefill([plan])[1][0, -1].float().cpu()
 
     def score(
         self,
-        question: str,
+        request: str | Request,
         passages: Iterable[str | Passage],
         continuation: str | Sequence[int],
         *,
@@ -380,11 +387,11 @@ class BlockCache:
         """Return the log-probability of each token of a given answer.
 
         Args:
-            question: As for ``generate``.
-            passages: As for ``generate``.
+            request: What is asked; a question may come as a string.
+            passages: With a string: texts to answer from; otherwise empty.
             continuation: Text, or token ids, that would follow the prompt.
-            policy: As for ``generate``.
-            **chat: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
+            policy: As for ``answer``.
+            **chat: With a string: ``system_prompt``, ``chat_history`` and ``tools``, as for ``generate``.
 
         Returns:
             ``(num_tokens,)``, float32, on the CPU; natural logarithms.
@@ -395,7 +402,7 @@ class BlockCache:
         if not token_ids:
             raise InvalidInputError("the continuation is empty; give a text or token ids to score")
         plan = self._planner.plan(
-            Question(question, as_passages(passages), **chat),
+            _request(request, passages, chat),
             policy=policy,
             max_new_tokens=0,
             start=time.perf_counter(),
@@ -476,3 +483,12 @@ class BlockCache:
             raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
         check_options(options)
         stop_strings(self.model, options)
+
+
+def _request(request: str | Request, passages: Iterable[str | Passage], chat: Mapping[str, Any]) -> Request:
+    """Make a question of a string; a request is complete already."""
+    if isinstance(request, str):
+        return Question(request, as_passages(passages), **chat)
+    if chat or list(passages):
+        raise InvalidInputError("a request holds its passages, history and tools itself; give them there")
+    return request

@@ -112,6 +112,8 @@ class Planner:
 
     def _split(self, request: Chat | Text) -> Split:
         """Return what parts a text at the passages that are known or hinted at."""
+        if isinstance(request.hints, str):
+            raise InvalidInputError("hints must be a sequence of strings; wrap a single hint in a list")
         if not request.finds_passages:
             return lambda text: [text]
         hints = [*request.hints, *(passage.text for passage in as_passages(request.documents))]

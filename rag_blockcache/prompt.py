@@ -159,7 +159,7 @@ class Prompt:
         """
         if not isinstance(text.prompt, str) or not text.prompt.strip():
             raise InvalidInputError("the prompt is empty; write something to be continued")
-        contents: list[Content] = list(split(text.prompt))
+        contents: list[Content] = [content for content in split(text.prompt) if content]
         if isinstance(contents[-1], Excerpt):  # something must be computed, or there is nothing to go on from
             contents[-1] = contents[-1].shown
         if missing := _missing(text.documents, [text.prompt]):

@@ -1,0 +1,114 @@
+"""Handles on one cache: nothing is loaded before it is needed, and then once."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import rag_blockcache.shared_cache as shared_cache
+from rag_blockcache import BlockCache, Question, SharedCache
+from rag_blockcache.errors import InvalidInputError, ModelNotFoundError
+
+ASKED = Question("Who?", ["Ada wrote the note."])
+
+
+def test_equal_arguments_share_a_cache_and_others_do_not(tiny_model_path, tmp_path):
+    one = SharedCache(tiny_model_path, tmp_path / "kv", salt="a")
+    same = SharedCache(str(tiny_model_path), str(tmp_path / "kv"), salt="a")
+    assert one.get() is same.get()
+    for other in (
+        SharedCache(tiny_model_path, tmp_path / "kv", salt="b"),
+        SharedCache(tiny_model_path, tmp_path / "other", salt="a"),
+        SharedCache(tiny_model_path, None, salt="a"),
+        SharedCache(tiny_model_path, tmp_path / "kv", salt="a", dtype=torch.bfloat16),
+    ):
+        assert other.get() is not one.get()
+
+
+def test_a_loaded_model_is_equal_to_itself_alone(tiny_model, tiny_tokenizer, tiny_model_path):
+    one, same = (SharedCache(tiny_model, None, tokenizer=tiny_tokenizer) for _ in range(2))
+    assert one.get() is same.get()
+    assert one.get() is not SharedCache(tiny_model_path, None).get()
+
+
+def test_a_handle_is_cheap_and_knows_the_window_without_the_weights(tiny_model_path, monkeypatch):
+    monkeypatch.setattr(shared_cache, "BlockCache", None)
+    handles = [SharedCache(tiny_model_path, None, salt=str(number)) for number in range(100)]
+    assert not any(handle.is_loaded for handle in handles)
+    assert handles[0].context_window == 2048
+    assert handles[0].has_chat_template
+    assert handles[0].tokenizer("a").input_ids
+    assert handles[0].model_name == str(tiny_model_path)
+    assert not handles[0].is_loaded
+
+
+def test_many_threads_load_once(tiny_model_path, monkeypatch):
+    made = []
+
+    class Counted(BlockCache):
+        def __init__(self, *args, **options):
+            made.append(self)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(shared_cache, "BlockCache", Counted)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(SharedCache(tiny_model_path, None, salt="t").get()))
+        for _ in range(8)
+    ]
+    handle = SharedCache(tiny_model_path, None, salt="t")
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert set(map(id, found)) == {id(handle.get())}
+
+
+def test_the_cache_goes_with_its_last_handle(tiny_model_path, tmp_path):
+    handle = SharedCache(tiny_model_path, tmp_path / "kv")
+    assert handle.answer(ASKED, max_new_tokens=1).num_misses == 1
+    same = SharedCache(tiny_model_path, tmp_path / "kv")
+    del handle
+    gc.collect()
+    assert same.is_loaded
+    del same
+    gc.collect()
+    again = SharedCache(tiny_model_path, tmp_path / "kv")
+    assert not again.is_loaded
+    assert again.answer(ASKED, max_new_tokens=1).num_hits == 1
+
+
+def test_a_closed_cache_is_loaded_again(tiny_model_path, tmp_path):
+    handle = SharedCache(tiny_model_path, tmp_path / "kv")
+    before = handle.get()
+    handle.close()
+    handle.close()
+    assert handle.get() is not before
+
+
+def test_errors_come_when_the_cache_is_needed_and_again(tmp_path, tiny_model_path):
+    missing = SharedCache(tmp_path / "nothing", None)
+    for _ in range(2):
+        with pytest.raises(ModelNotFoundError, match="cannot load model"):
+            missing.get()
+    with pytest.raises(ModelNotFoundError, match="cannot read the configuration"):
+        _ = missing.context_window
+    with pytest.raises(InvalidInputError, match="unknown"):
+        SharedCache(tiny_model_path, None, passage_format="none such").get()
+
+
+async def test_all_ways_to_answer(tiny_model_path):
+    handle = SharedCache(tiny_model_path, None)
+    answers = [
+        handle.answer(ASKED, max_new_tokens=4),
+        *handle.answer_batch([ASKED], max_new_tokens=4),
+        await handle.aanswer(ASKED, max_new_tokens=4),
+    ]
+    with handle.stream_answer(ASKED, max_new_tokens=4) as stream:
+        text = "".join(stream)
+    pieces = [piece async for piece in handle.astream_answer(ASKED, max_new_tokens=4)]
+    assert {answer.text for answer in answers} == {text, "".join(pieces)}
