@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rag_blockcache.passages import Passage
     from rag_blockcache.request import Chat, Question, Text
     from rag_blockcache.shared_cache import SharedCache
+    from rag_blockcache.tool_calls import ToolCall
 
 _HOMES = {
     "Answer": "rag_blockcache.answers",
@@ -30,9 +31,19 @@ _HOMES = {
     "Question": "rag_blockcache.request",
     "SharedCache": "rag_blockcache.shared_cache",
     "Text": "rag_blockcache.request",
+    "ToolCall": "rag_blockcache.tool_calls",
 }
 
-__all__ = ["Answer", "BlockCache", "Chat", "Passage", "Question", "SharedCache", "Text"]  # the documentation describes exactly these, beside the modules
+__all__ = [
+    "Answer",
+    "BlockCache",
+    "Chat",
+    "Passage",
+    "Question",
+    "SharedCache",
+    "Text",
+    "ToolCall",
+]  # the documentation describes exactly these, beside the modules
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from rag_blockcache.generator import Decoded
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.monitor import Monitor
 from rag_blockcache.plan import Plan
+from rag_blockcache.tool_calls import ToolCall
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Answer:
     """An answer, and what it took.
 
     Attributes:
-        text: Without special tokens, cut at a stop string.
+        text: Without special tokens and calls of tools, cut at a stop string.
         token_ids: All new tokens, the end-of-sequence token included.
-        finish_reason: ``stop``, ``length`` or ``cancelled``.
+        finish_reason: ``stop``, ``length``, ``cancelled``, or ``tool_calls`` where tools are to be called.
         ttft_seconds: From the call to the first new token; the parts below add up to about that.
         match_seconds: Rendering, tokenizing, naming the blocks.
         load_seconds: Reading blocks from the store.
@@ -34,6 +35,7 @@ class Answer:
         num_reused_tokens: Prompt tokens whose keys and values came from the store and were used as they are.
         num_computed_tokens: All other prompt tokens.
         num_stored_tokens: Tokens whose keys and values were computed now and are kept for other prompts.
+        tool_calls: Calls of the request's tools, in order.
         policy: The one that was used.
         policy_reason: Why, if it was not asked for by name.
     """
@@ -55,6 +57,7 @@ class Answer:
     policy: str
     policy_reason: str = ""
     num_stored_tokens: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -62,13 +65,15 @@ class Answer:
         return self.num_reused_tokens + self.num_computed_tokens
 
 
-def finished(plan: Plan, decoded: Decoded, text: str, monitor: Monitor) -> Answer:
+def finished(
+    plan: Plan, decoded: Decoded, text: str, tool_calls: tuple[ToolCall, ...], monitor: Monitor
+) -> Answer:
     """Put together the answer to a request that went through all stages."""
     first, last = monitor.first_token_time or plan.start, monitor.last_token_time or plan.start
     return Answer(
         text=text,
         token_ids=decoded.token_ids,
-        finish_reason=decoded.finish_reason,
+        finish_reason="tool_calls" if tool_calls else decoded.finish_reason,
         ttft_seconds=first - plan.start,
         match_seconds=plan.match_seconds,
         load_seconds=plan.load_seconds,
@@ -83,6 +88,7 @@ def finished(plan: Plan, decoded: Decoded, text: str, monitor: Monitor) -> Answe
         policy=plan.policy.name,
         policy_reason=plan.policy_reason,
         num_stored_tokens=plan.num_stored,
+        tool_calls=tool_calls,
     )
 
 

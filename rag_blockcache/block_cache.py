@@ -41,10 +41,11 @@ from rag_blockcache.planner import Planner
 from rag_blockcache.prefiller import prefill_passages
 from rag_blockcache.prompt import Prompt
 from rag_blockcache.request import Message, Question, Request
+from rag_blockcache.response import constrained, read_response, response_pieces
 from rag_blockcache.reuse import FULL
 from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
-from rag_blockcache.text_stream import no_pieces, text_pieces, whole_text
+from rag_blockcache.text_stream import no_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -281,10 +282,13 @@ class BlockCache:
                 "beam search cannot be streamed, its best beam is known at the end; use generate"
             )
         plan = self._planner.plan(request, policy=policy, max_new_tokens=max_new_tokens, start=start)
+        chosen = constrained(self.model, [request], options)
         stops = stop_strings(self.model, options)
         return AnswerStream(
-            lambda monitor: self._answer([plan], max_new_tokens, options, monitor)[0],
-            lambda tokens: text_pieces(self.model, tokens, stops) if in_pieces else no_pieces(tokens),
+            lambda monitor: self._answer([plan], max_new_tokens, chosen, monitor)[0],
+            lambda tokens: (
+                response_pieces(self.model, request, tokens, stops) if in_pieces else no_pieces(tokens)
+            ),
         )
 
     def answer_batch(
@@ -304,7 +308,8 @@ class BlockCache:
         start = time.perf_counter()
         self._check_request(max_new_tokens, options)
         plans = self._planner.plan_batch(requests, policy=policy, max_new_tokens=max_new_tokens, start=start)
-        return self._answer(plans, max_new_tokens, options, Monitor()) if plans else []
+        chosen = constrained(self.model, requests, options)
+        return self._answer(plans, max_new_tokens, chosen, Monitor()) if plans else []
 
     async def aanswer(self, request: Request, **options: Any) -> Answer:
         """Answer as ``answer`` does, without keeping the event loop; cancelling the task stops decoding."""
@@ -463,9 +468,9 @@ class BlockCache:
         for plan, placed in zip(plans, states, strict=True):
             self._learn(plan, placed)
         stops = stop_strings(self.model, options)
-        texts = [whole_text(self.model, row.token_ids, stops) for row in decoded]
         return [
-            finished(plan, row, text, monitor) for plan, row, text in zip(plans, decoded, texts, strict=True)
+            finished(plan, row, *read_response(self.model, plan.request, row.token_ids, stops), monitor)
+            for plan, row in zip(plans, decoded, strict=True)
         ]
 
     def _learn(self, plan: Plan, states: Mapping[str, KVStates]) -> None:

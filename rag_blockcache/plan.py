@@ -13,6 +13,7 @@ from rag_blockcache.generator import Computed
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.passages import Block
 from rag_blockcache.prompt import Segment
+from rag_blockcache.request import Request
 from rag_blockcache.reuse import Policy
 
 
@@ -26,6 +27,7 @@ class Plan:
     regime: str
     is_auto: bool
     start: float
+    request: Request | None = None  # none where tokens were given
     blocks: dict[int, Block] = field(default_factory=dict)  # by index of the segment
     found: frozenset[str] = frozenset()
     shares_preamble: bool = True  # with most other prompts, so that it is worth a place on disk at once

@@ -70,6 +70,7 @@ class Planner:
         if regime is None and not chosen.is_full:
             chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"
         plan = Plan(segments, chosen, reason, regime or "", is_auto=policy == "auto", start=start)
+        plan.request = request
         plan.shares_preamble = isinstance(request, Question) and not request.chat_history
         if not chosen.is_full:
             plan.blocks = self._name_blocks(segments, plan.regime)

@@ -149,7 +149,8 @@ class Prompt:
             message, contents = messages[place]
             contents = [self.preamble, *self._separated(missing), *(contents or ())]
             messages[place] = (message, self._stripped(contents))
-        return self._chat_segments(messages, () if self._shape is None else missing, chat.tools)
+        tools = () if chat.tool_choice == "none" else chat.tools
+        return self._chat_segments(messages, () if self._shape is None else missing, tools)
 
     def text_segments(self, text: Text, split: Split) -> list[Segment]:
         """Cut a prompt that is to be continued into segments, parted at known passages; see ``segments``.

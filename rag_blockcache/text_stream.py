@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from rag_blockcache.model import Model
 
 
-def text_pieces(model: Model, tokens: Iterator[int], stop_strings: Sequence[str] = ()) -> Iterator[str]:
-    """Turn a stream of tokens into a stream of text.
+def text_pieces(
+    model: Model, tokens: Iterator[int], stop_strings: Sequence[str] = (), *, special: bool = False
+) -> Iterator[str]:
+    """Turn a stream of tokens into a stream of text, with special tokens on demand.
 
     A piece is held back while it ends within a character of several tokens, or may begin a stop string; text
     from a stop string on is dropped.
@@ -17,12 +19,12 @@ def text_pieces(model: Model, tokens: Iterator[int], stop_strings: Sequence[str]
     sent = ""
     for token in tokens:
         token_ids.append(token)
-        text = cut_at_stop(model.text(token_ids), stop_strings)
+        text = cut_at_stop(model.text(token_ids, special=special), stop_strings)
         safe = len(text) - _held_back(text, stop_strings)
         if safe > len(sent) and not text.endswith("\ufffd"):
             yield text[len(sent) : safe]
             sent = text[:safe]
-    text = whole_text(model, token_ids, stop_strings)
+    text = whole_text(model, token_ids, stop_strings, special=special)
     if len(text) > len(sent):
         yield text[len(sent) :]
 
@@ -33,11 +35,13 @@ def no_pieces(tokens: Iterator[int]) -> Iterator[str]:
         yield from ()
 
 
-def whole_text(model: Model, token_ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+def whole_text(
+    model: Model, token_ids: Sequence[int], stop_strings: Sequence[str] = (), *, special: bool = False
+) -> str:
     """Return the text of all tokens, without a last character that was cut off within its tokens."""
-    text = model.text(token_ids)
+    text = model.text(token_ids, special=special)
     for num_tokens in range(len(token_ids), max(len(token_ids) - 5, -1), -1):
-        complete = model.text(token_ids[:num_tokens])
+        complete = model.text(token_ids[:num_tokens], special=special)
         if not complete.endswith("\ufffd"):
             text = complete
             break

@@ -23,7 +23,7 @@ BLOCKS = {0: Block((1, 2), "p"), 1: Block((3, 4, 5), "a"), 3: Block((7, 8), "b")
 
 def plan_of(policy, found=()):
     blocks = {} if policy == "full" else dict(BLOCKS)
-    return Plan(list(SEGMENTS), parse_policy(policy), "", "", False, 0.0, blocks, frozenset(found))
+    return Plan(list(SEGMENTS), parse_policy(policy), "", "", False, 0.0, None, blocks, frozenset(found))
 
 
 def states_of(block):
@@ -57,7 +57,7 @@ def test_a_tail_is_one_run_at_the_end():
         "",
         False,
         0.0,
-        dict(list(BLOCKS.items())[:2]),
+        blocks=dict(list(BLOCKS.items())[:2]),
     )
     assert plan.computed().is_tail
 
