@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from rag_blockcache.errors import InvalidInputError, MissingDependencyError, ModelNotFoundError
 from rag_blockcache.model import Model
+from rag_blockcache.training_record import RECORD_FILE, TrainingRecord, weights_fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -51,9 +56,10 @@ def load_model(
                 "device, dtype and adapter apply to a model that is loaded by name; "
                 "set them on the loaded model before you pass it"
             )
-        network = model
+        network, record = model, None
     elif isinstance(model, str | Path):
-        network = _load_network(str(model), device, dtype, adapter)
+        record = _training_record(model, adapter)
+        network = _load_network(str(model), device, dtype, adapter, record)
         tokenizer = str(model) if tokenizer is None else tokenizer
     else:
         raise InvalidInputError(
@@ -61,7 +67,7 @@ def load_model(
         )
     if isinstance(tokenizer, str | Path):
         tokenizer = _load_tokenizer(str(tokenizer))
-    return Model(network, tokenizer)
+    return Model(network, tokenizer, training_record=record)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,11 @@ def model_card(
 
 
 def _load_network(
-    name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, adapter: str | Path | None
+    name: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    adapter: str | Path | None,
+    record: TrainingRecord | None,
 ) -> PreTrainedModel:
     if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InvalidInputError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
@@ -115,6 +125,8 @@ def _load_network(
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
         network: PreTrainedModel = loaded[0]
         if adapter is not None:
+            if record is not None:
+                _compare_base(network, record)
             network.load_adapter(str(adapter))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelNotFoundError(
@@ -122,8 +134,11 @@ def _load_network(
             "give a hub id, or a folder with config.json and weights"
         ) from error
     except ImportError as error:
-        raise MissingDependencyError(
-            f"cannot load model {what}: {_first_line(error)}; install what is missing"
+        extra = "install what is missing" if adapter is None else "pip install 'rag_blockcache[finetune]'"
+        raise MissingDependencyError(f"cannot load model {what}: {_first_line(error)}; {extra}") from error
+    except RuntimeError as error:  # PEFT, of shapes that do not fit
+        raise InvalidInputError(
+            f"cannot load model {what}: {_first_line(error)}; use the adapter with the model it was made for"
         ) from error
     missing = sorted(loaded[1]["missing_keys"])
     if missing:  # transformers fills them with random numbers
@@ -139,6 +154,30 @@ def _load_network(
             f"device {str(device)!r} cannot be used: {_first_line(error)}; try device='cpu'"
         ) from error
     return network
+
+
+def _training_record(model: str | Path, adapter: str | Path | None) -> TrainingRecord | None:
+    """Read what an adapter, or else a folder of weights, says of its training."""
+    if adapter is None:
+        path = Path(model) / RECORD_FILE
+        return TrainingRecord.read(path) if path.is_file() else None
+    found = cached_file(
+        str(adapter),
+        RECORD_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return TrainingRecord.read(Path(found)) if found is not None else None
+
+
+def _compare_base(network: PreTrainedModel, record: TrainingRecord) -> None:
+    if weights_fingerprint(network) != record.base_fingerprint:
+        logger.warning(
+            "the adapter was trained on other weights of %s than these, such as another revision or a "
+            "quantized copy; answers can be worse than those it was measured by",
+            record.base_model,
+        )
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

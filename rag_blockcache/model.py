@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rag_blockcache import attention as grouped_attention
 from rag_blockcache.kv_states import Buffers
 from rag_blockcache.layers import find_layers
+from rag_blockcache.training_record import TrainingRecord
 
 FORMAT_VERSION = 1  # of the KV states; a new one makes every stored block a miss
 _NOT_OF_THE_STATES = {
@@ -37,6 +38,7 @@ class Model:
     Args:
         network: A causal language model with rotary positions.
         tokenizer: Its tokenizer.
+        training_record: What its weights, or their adapter, say of their training; None if nothing.
 
     Attributes:
         layers: What each layer keeps, in order.
@@ -49,9 +51,16 @@ class Model:
         UnsupportedModelError: If the model cannot be served exactly; the message says why.
     """
 
-    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        training_record: TrainingRecord | None = None,
+    ) -> None:
         self.network = network
         self.tokenizer = tokenizer
+        self.training_record = training_record
         self.config = network.config.get_text_config(decoder=True)
         self.lock = threading.RLock()
         self.buffers = Buffers()
@@ -113,6 +122,8 @@ class Model:
     @property
     def is_block_fine_tuned(self) -> bool:
         """Whether the model says of itself that it was trained to answer over blocks."""
+        if self.training_record is not None:
+            return self.training_record.block_fine_tuned
         return bool(getattr(self.config, "block_fine_tuned", False))
 
     @property

@@ -1,0 +1,303 @@
+"""Block fine-tuning from files to a folder of weights that ``BlockCache`` knows how to use."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.finetuning.card import write_card
+from rag_blockcache.finetuning.curves import HISTORY_FILE, History, draw_curves, write_history
+from rag_blockcache.finetuning.examples import DataFile, read_data
+from rag_blockcache.finetuning.held_out import Evaluate, Evaluations, measure
+from rag_blockcache.finetuning.network import Trainee, load_trainee, merge_adapter, save_weights
+from rag_blockcache.finetuning.packing import IGNORED, collate
+from rag_blockcache.finetuning.progress import Progress, Tell
+from rag_blockcache.finetuning.recipe import Recipe
+from rag_blockcache.finetuning.rows import TrainingRows, held_out_rows, sample_maker, training_rows
+from rag_blockcache.finetuning.trainer import BlockTrainer
+from rag_blockcache.training_record import TrainingRecord
+
+logger = logging.getLogger(__name__)
+
+_RUN_FILE = "run.json"
+_PACKAGES = ("rag_blockcache", "torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a run came to.
+
+    Attributes:
+        folder: Where the weights are, with their record, card and curves.
+        record: What the weights say of themselves.
+        history: What was logged, by step: ``loss``, ``loss_block``, ``loss_full``, ``eval_...``.
+        hardware: Where it ran.
+        seconds: Time of training, since it was last resumed.
+    """
+
+    folder: Path
+    record: TrainingRecord
+    history: History
+    hardware: Mapping[str, str]
+    seconds: float
+
+
+def finetune(recipe: Recipe, *, evaluate: Evaluate | None = None, tell: Tell | None = None) -> TrainingReport:
+    """Train a model to answer over blocks.
+
+    A run that was killed goes on from its last checkpoint, with the same data in the same order, when it is
+    called again with the same recipe; one that is complete is not repeated.
+
+    Args:
+        recipe: What to train, on what, and how.
+        evaluate: Called with the model of transformers and the step, before the first step, every
+            ``eval_every`` steps and after the last one. The numbers that it returns by name join the history.
+        tell: Called with a line now and then; None logs them.
+
+    Raises:
+        InvalidInputError: If the recipe or a file cannot be used, or ``out`` holds another run.
+        ModelNotFoundError: If the model cannot be found.
+        UnsupportedModelError: If it cannot be trained, or could not be served.
+    """
+    tell = (tell or logger.info) if _is_first_process() else logger.debug
+    out = Path(recipe.out)
+    files, held_out = (
+        [read_data(Path(path), Path(recipe.passages) if recipe.passages else None) for path in paths]
+        for paths in (recipe.data, recipe.eval_data)
+    )
+    if _is_first_process():
+        _claim(out, recipe, [*files, *held_out])
+    if (out / HISTORY_FILE).is_file():
+        tell(f"{out} is complete, nothing is trained")
+    else:
+        _train(recipe, files, held_out, evaluate or (lambda network, step: {}), tell)
+    if recipe.merge and _is_first_process():
+        tell("merging the adapter into the model")
+        merge_adapter(recipe, out, out / "merged")
+    return _report(out)
+
+
+def _claim(out: Path, recipe: Recipe, files: list[DataFile]) -> None:
+    """Write down which run a folder holds, and refuse another one in it."""
+    run = {**recipe.described(), "sha256": [file.sha256 for file in files]}
+    path = out / _RUN_FILE
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in run if known.get(name) != run[name])
+        if changed:
+            raise InvalidInputError(
+                f"{out} holds a run with other options ({', '.join(changed)}); "
+                "repeat them to go on with it, or choose another --out"
+            )
+        return
+    if out.is_dir() and any(other.suffix != ".unfinished" for other in out.iterdir()):
+        raise InvalidInputError(f"{out} holds files that are not of a training run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _train(
+    recipe: Recipe, files: list[DataFile], held_out: list[DataFile], evaluate: Evaluate, tell: Tell
+) -> None:
+    out, start = Path(recipe.out), time.monotonic()
+    trainee = load_trainee(recipe)
+    data = training_rows(recipe, files, trainee.tokenizer, trainee.closing, trainee.max_tokens)
+    tell(_described(data, recipe, time.monotonic() - start))
+    trainer = _trainer(recipe, trainee, data, held_out, evaluate, tell)
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    seconds = time.monotonic() - start
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        record = _record(recipe, trainee, files, data)
+        save_weights(trainee, weights, record, out)
+        history = _history(trainer.state.log_history)
+        draw_curves(history, out)
+        write_card(record, history, out, is_adapter=recipe.is_adapter)
+        write_history(
+            {"hardware": _hardware(), "seconds": seconds, "record": asdict(record), "history": history}, out
+        )
+        tell(f"{recipe.steps:,} steps are done, the last of them in {seconds:.0f} s; weights are in {out}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _trainer(
+    recipe: Recipe,
+    trainee: Trainee,
+    data: TrainingRows,
+    held_out: list[DataFile],
+    evaluate: Evaluate,
+    tell: Tell,
+) -> BlockTrainer:
+    """Wire the Trainer with data, measurements and progress."""
+    padded_to = recipe.row_tokens if trainee.masks.is_flex else None  # compiled for one length
+    maker = sample_maker(recipe, trainee.tokenizer, trainee.closing, trainee.max_tokens)
+    rows = held_out_rows(recipe, held_out, maker)
+    arguments = _arguments(recipe)
+
+    def measure_held_out(network: Any) -> Mapping[str, float]:
+        return measure(network, rows, trainee.masks, arguments.device, padded_to) if rows else {}
+
+    evaluations = Evaluations(recipe.eval_every, measure_held_out, lambda step: evaluate(trainee.base, step))
+    trainer = BlockTrainer(
+        model=trainee.network,
+        args=arguments,
+        train_dataset=data.rows,
+        data_collator=functools.partial(collate, padded_to=padded_to),
+        callbacks=[evaluations, Progress(tell, recipe.row_tokens * recipe.rows_per_step)],
+        masks=trainee.masks,
+        distill=recipe.distill,
+        teaches_itself=recipe.teacher == "itself",
+    )
+    trainer.remove_callback(PrinterCallback)  # prints on stdout
+    evaluations.trainer = trainer
+    return trainer
+
+
+def _arguments(recipe: Recipe) -> TrainingArguments:
+    on_gpu, num_processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.rows_per_step % num_processes:
+        raise InvalidInputError(
+            f"rows_per_step is {recipe.rows_per_step}, which {num_processes} processes cannot share; "
+            f"give a multiple of {num_processes}"
+        )
+    if num_processes == 1 and torch.cuda.device_count() > 1:
+        raise InvalidInputError(
+            f"there are {torch.cuda.device_count()} GPUs; start with `accelerate launch` to use them, "
+            "or set CUDA_VISIBLE_DEVICES to one"
+        )
+    return TrainingArguments(
+        output_dir=str(Path(recipe.out) / "checkpoints"),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=recipe.rows_per_step // num_processes,
+        learning_rate=recipe.peak_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        bf16=recipe.precision == "bfloat16",
+        train_sampling_strategy="sequential",
+        logging_steps=recipe.log_every,
+        save_steps=recipe.save_every,
+        save_total_limit=2,
+        seed=recipe.seed,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to="none",
+        **_checkpointing(recipe),
+    )
+
+
+def _checkpointing(recipe: Recipe) -> dict[str, Any]:
+    """Ask for checkpointing by the name that this version of transformers has for it."""
+    if not recipe.gradient_checkpointing:
+        return {}
+    is_renamed = any(each.name == "activation_checkpointing" for each in fields(TrainingArguments))
+    name = f"{'activation' if is_renamed else 'gradient'}_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """Return the newest checkpoint that is complete: its state is written last."""
+    found = []
+    for path in (out / "checkpoints").glob("checkpoint-*"):
+        try:
+            found.append((json.loads((path / "trainer_state.json").read_bytes())["global_step"], str(path)))
+        except (OSError, ValueError, KeyError):
+            logger.warning("%s is not complete, an older one is used", path)
+    return max(found)[1] if found else None
+
+
+def _described(data: TrainingRows, recipe: Recipe, seconds: float) -> str:
+    num_tokens = sum(len(row.token_ids) for row in data.rows)
+    share = num_tokens / (len(data.rows) * recipe.row_tokens)
+    too_long = f", {data.num_too_long:,} examples too long" if data.num_too_long else ""
+    return (
+        f"{sum(row.num_samples for row in data.rows):,} samples in {len(data.rows):,} rows "
+        f"({share:.0%} filled{too_long}), {num_tokens:,} tokens, made in {seconds:.0f} s"
+    )
+
+
+def _record(recipe: Recipe, trainee: Trainee, files: list[DataFile], data: TrainingRows) -> TrainingRecord:
+    return TrainingRecord(
+        block_fine_tuned="block" in recipe.mode_pair,
+        base_model=recipe.model_name,
+        base_revision=trainee.base_revision,
+        base_fingerprint=trainee.base_fingerprint,
+        passage_format=recipe.passage_format,
+        preamble=recipe.preamble,
+        seed=recipe.seed,
+        data=[
+            {
+                "name": file.name,
+                "sha256": file.sha256,
+                "num_examples": len(file.examples),
+                "num_samples": data.num_samples[index],
+            }
+            for index, file in enumerate(files)
+        ],
+        recipe=recipe.described(),
+        totals={
+            "steps": recipe.steps,
+            "samples": sum(row.num_samples for row in data.rows),
+            "tokens": sum(len(row.token_ids) for row in data.rows),
+            "answer_tokens": sum(int((row.labels != IGNORED).sum()) for row in data.rows),
+        },
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+    )
+
+
+def _history(logged: list[dict[str, float]]) -> History:
+    """Keep what was measured, one entry a step; what the Trainer says of its own speed is left out."""
+    by_step: dict[int, dict[str, float]] = {}
+    for entry in logged:
+        kept = {
+            name: value
+            for name, value in entry.items()
+            if not name.startswith(("train_", "epoch", "total_flos", "step"))
+        }
+        by_step.setdefault(int(entry["step"]), {"step": entry["step"]}).update(kept)
+    return list(by_step.values())
+
+
+def _hardware() -> dict[str, str]:
+    found = {"processor": platform.machine(), "threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _report(out: Path) -> TrainingReport:
+    content = json.loads((out / HISTORY_FILE).read_text(encoding="utf-8"))
+    return TrainingReport(
+        folder=out,
+        record=TrainingRecord(**content["record"]),
+        history=content["history"],
+        hardware=content["hardware"],
+        seconds=content["seconds"],
+    )

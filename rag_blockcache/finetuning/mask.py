@@ -1,0 +1,143 @@
+"""What a token of a row sees: the block mask, as a dense tensor or for FlexAttention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flex_attention_mask
+
+from rag_blockcache.errors import UnsupportedModelError
+
+FLEX = "rag_blockcache_flex"
+Sees = Callable[[Any, Any, Tensor, Tensor], Tensor]
+Mask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
+Kind = Literal["flex", "boolean", "additive"]
+
+
+def block_mask(sample_ids: Tensor, block_ids: Tensor, window: int | None) -> Sees:
+    """Return the function that tells whether a query sees a key, as FlexAttention calls it.
+
+    A token sees what stands before it in its sample: in a block only its block, in text everything.
+
+    Args:
+        sample_ids: ``(num_tokens,)``, see ``Row``.
+        block_ids: ``(num_tokens,)``, see ``Sample``; all 0 for full attention.
+        window: Number of tokens a query sees, itself included; None for all before it.
+
+    Source:
+        Block-Attention for Efficient Prefilling, https://arxiv.org/abs/2409.15355
+    """
+
+    def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+        own = (block_ids[query] == 0) | (block_ids[query] == block_ids[key])
+        seen = (query >= key) & (sample_ids[query] == sample_ids[key]) & own
+        return seen if window is None else seen & (query - key < window)
+
+    return sees
+
+
+class Masks:
+    """Makes the masks of rows for one model.
+
+    Args:
+        windows: Window of each kind of layer, None for full attention.
+        kind: For FlexAttention; or dense, boolean for SDPA and added to scores by eager attention.
+        dtype: Of masks that are added.
+    """
+
+    def __init__(
+        self, windows: Mapping[str, int | None], kind: Kind, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._windows = dict(windows)
+        self._kind, self._dtype = kind, dtype
+
+    @property
+    def is_flex(self) -> bool:
+        """Whether the masks are those of FlexAttention."""
+        return self._kind == "flex"
+
+    def of(self, batch: Mapping[str, Tensor], *, full: bool = False) -> Mask:
+        """Make the mask of a batch of one row.
+
+        Args:
+            batch: See ``packing.collate``.
+            full: Full attention within each sample, whatever its mode.
+
+        Returns:
+            Dense ``(1, 1, num_tokens, num_tokens)``, or a mask of FlexAttention; a mapping from the kind of
+            layer to such a mask if layers differ.
+        """
+        samples, blocks = batch["sample_ids"][0], batch["block_ids"][0]
+        blocks = torch.zeros_like(blocks) if full else blocks
+        masks = {
+            layers: self._build(block_mask(samples, blocks, window), samples)
+            for layers, window in self._windows.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _build(self, sees: Sees, samples: Tensor) -> Tensor | BlockMask:
+        length, device = len(samples), samples.device
+        if self._kind == "flex":
+            return create_block_mask(sees, None, None, length, length, device=device)
+        places = torch.arange(length, device=device)
+        seen = sees(0, 0, places[:, None], places)[None, None]
+        if self._kind == "boolean":
+            return seen
+        zeros = torch.zeros(seen.shape, dtype=self._dtype, device=device)
+        return zeros.masked_fill_(~seen, torch.finfo(self._dtype).min)
+
+
+def register() -> None:
+    """Make FlexAttention of our own known to transformers by ``FLEX``; only models set to it use it."""
+    AttentionInterface.register(FLEX, _attend)
+    AttentionMaskInterface.register(FLEX, flex_attention_mask)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend under a mask; query heads of a group read the same keys and values, nothing is repeated.
+
+    Under autocast, rotary encoding may leave queries and keys in float32 beside values in bfloat16, and
+    the kernel wants them alike.
+    """
+    if dropout or s_aux is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for attention dropout or sinks, which FlexAttention lacks; "
+            "train with --attention sdpa"
+        )
+    capped = None if softcap is None else functools.partial(_cap, softcap)
+    output = _compiled()(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        score_mod=capped,
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _cap(bound: float, score: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Tensor:
+    return bound * torch.tanh(score / bound)

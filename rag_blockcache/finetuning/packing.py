@@ -1,0 +1,105 @@
+"""Samples to rows: several samples stand in one row, and do not see one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rag_blockcache.finetuning.samples import Ints, Sample
+
+_OPEN_ROWS = 8  # that wait for a sample of their size; more leave less room unused, and mix the order more
+IGNORED = -100  # label of a token that is not learned, as transformers has it
+
+
+@dataclass(frozen=True)
+class Row:
+    """Samples one behind the other.
+
+    Attributes:
+        token_ids: ``(num_tokens,)``.
+        positions: ``(num_tokens,)``; each sample begins at 0.
+        sample_ids: ``(num_tokens,)``: which sample of the row a token belongs to, from 0.
+        block_ids: ``(num_tokens,)``, see ``Sample``.
+        labels: ``(num_tokens,)``: the token itself where it is part of an answer, ``IGNORED`` elsewhere.
+        is_block_mode: ``(num_tokens,)``: whether the sample is learned under the block mask.
+        files: ``(num_samples,)``: index of the file that each sample is from.
+    """
+
+    token_ids: Ints
+    positions: Ints
+    sample_ids: Ints
+    block_ids: Ints
+    labels: Ints
+    is_block_mode: Ints
+    files: Ints
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Row:
+        """Put samples into a row."""
+        lengths = [len(sample.token_ids) for sample in samples]
+        labels = [
+            np.where(np.arange(length) < length - sample.num_answer, np.int32(IGNORED), sample.token_ids)
+            for sample, length in zip(samples, lengths, strict=True)
+        ]
+        return cls(
+            token_ids=np.concatenate([sample.token_ids for sample in samples]),
+            positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            sample_ids=np.repeat(np.arange(len(samples), dtype=np.int32), lengths),
+            block_ids=np.concatenate([sample.block_ids for sample in samples]),
+            labels=np.concatenate(labels),
+            is_block_mode=np.repeat([np.int32(sample.mode == "block") for sample in samples], lengths),
+            files=np.array([sample.file for sample in samples], dtype=np.int32),
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the row."""
+        return len(self.files)
+
+
+def pack(samples: Iterable[Sample], row_tokens: int) -> Iterator[Row]:
+    """Pack samples into rows of at most ``row_tokens`` tokens, about in their order.
+
+    Each goes into the fullest row that has room for it; where none has, the fullest is done.
+    """
+    waiting: list[list[Sample]] = []
+
+    def length(row: Sequence[Sample]) -> int:
+        return sum(len(sample.token_ids) for sample in row)
+
+    for sample in samples:
+        fitting = [row for row in waiting if length(row) + len(sample.token_ids) <= row_tokens]
+        if fitting:
+            max(fitting, key=length).append(sample)
+            continue
+        if len(waiting) == _OPEN_ROWS:
+            fullest = max(range(_OPEN_ROWS), key=lambda index: length(waiting[index]))
+            yield Row.of(waiting.pop(fullest))
+        waiting.append([sample])
+    for row in waiting:
+        yield Row.of(row)
+
+
+def collate(rows: Sequence[Row], *, padded_to: int | None = None) -> dict[str, Tensor]:
+    """Turn the one row of a batch into what the model is called with, ``(1, num_tokens)`` each.
+
+    Args:
+        rows: One row; a longer row does the work of several.
+        padded_to: Length that all batches get, for compiled kernels; None pads nothing.
+    """
+    [row] = rows
+    room = (0, max((padded_to or 0) - len(row.token_ids), 0))
+    padded: dict[str, Any] = {
+        "input_ids": np.pad(row.token_ids, room),
+        "position_ids": np.pad(row.positions, room),
+        "labels": np.pad(row.labels, room, constant_values=IGNORED),
+        "sample_ids": np.pad(row.sample_ids, room, constant_values=-1),
+        "block_ids": np.pad(row.block_ids, room),
+        "is_block_mode": np.pad(row.is_block_mode, room),
+    }
+    return {name: torch.from_numpy(values).long()[None] for name, values in padded.items()}

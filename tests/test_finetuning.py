@@ -1,0 +1,423 @@
+"""Block fine-tuning computes what serving computes, learns, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer
+from safetensors.torch import load_file
+from torch.nn.attention.flex_attention import flex_attention
+
+from rag_blockcache import BlockCache
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.finetuning import mask
+from rag_blockcache.finetuning.examples import QuestionExample
+from rag_blockcache.finetuning.finetune import finetune
+from rag_blockcache.finetuning.mask import Masks
+from rag_blockcache.finetuning.network import choose_attention
+from rag_blockcache.finetuning.packing import IGNORED, Row, collate
+from rag_blockcache.finetuning.recipe import Recipe
+from rag_blockcache.finetuning.samples import SampleMaker
+from rag_blockcache.finetuning.trainer import answer_logits, answer_places, distance_to
+from rag_blockcache.passage_format import PassageFormat
+from rag_blockcache.passages import Passage
+
+FLOAT32 = 1e-4
+# Short, so that the last token reaches the passages through the small windows of the tiny models.
+SHORT = PassageFormat("short", "Read.\n", "{title}: {text}\n", "{text}\n", "{question}")
+EXAMPLES = [
+    QuestionExample(
+        "Who?", (Passage("Ada wrote it."), Passage("It is long.", title="A mill")), (True, False), "Ada"
+    ),
+    QuestionExample("Where?", (Passage("Printed in Paris."),), (True,), "in Paris"),
+    QuestionExample(
+        "When?", tuple(Passage(text) for text in ("In 1843.", "b", "In May.")), (True,) * 3, "1843"
+    ),
+]
+CLOSING = (4,)  # <|im_end|>
+
+
+def maker_for(tokenizer, **options):
+    return SampleMaker(
+        tokenizer,
+        CLOSING,
+        **{"passage_format": SHORT, "preamble": None, "min_passages": 1, "max_tokens": 2000, **options},
+    )
+
+
+def row_of(tokenizer, modes, examples=EXAMPLES):
+    maker = maker_for(tokenizer)
+    return Row.of([maker.make(example, mode, None) for example, mode in zip(examples, modes, strict=True)])
+
+
+@torch.no_grad()
+def row_logits(network, row, masks, padded_to=None):
+    """Return the logits of each sample's answer tokens in a row."""
+    batch = collate([row], padded_to=padded_to)
+    logits = answer_logits(network, batch, masks)
+    owners = batch["sample_ids"][0, 1:][answer_places(batch)]
+    return [logits[owners == owner] for owner in range(row.num_samples)]
+
+
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+NAMES = ["llama", "llama-multi-query", "mistral-window", "qwen2-window", "gemma2", "gemma3", "cohere2", "glm"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "phi3-partial", "granite", "smollm3", "olmo2", "mixtral"])
+@pytest.mark.parametrize("padded_to", [None, 1024], ids=["unpadded", "padded"])
+def test_training_computes_the_logits_that_serving_computes(name, padded_to, tiny_tokenizer):
+    network = architectures.accepted(name)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    masks, modes = choose_attention(cache.model, "sdpa"), ("block", "full", "block")
+    packed = row_logits(network, row_of(tiny_tokenizer, modes), masks, padded_to)
+    for example, mode, logits in zip(EXAMPLES, modes, packed, strict=True):
+        asked = (example.question, example.passages)
+        assert distance(logits[0], cache.first_logits(*asked, policy=mode)) < FLOAT32
+        said = (*cache.prompt.text_tokens(example.answer), *CLOSING)
+        scores = logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None])[:, 0]
+        torch.testing.assert_close(scores, cache.score(*asked, said, policy=mode), atol=FLOAT32, rtol=FLOAT32)
+        alone = row_logits(network, row_of(tiny_tokenizer, (mode,), [example]), masks)
+        assert distance(logits, alone[0]) < FLOAT32
+
+
+def test_the_two_modes_differ_where_there_are_several_passages(tiny_tokenizer):
+    network = architectures.accepted("llama")
+    masks = Masks({"full_attention": None}, "boolean")
+    block, full = (
+        row_logits(network, row_of(tiny_tokenizer, (mode,) * 3), masks) for mode in ("block", "full")
+    )
+    assert distance(block[2], full[2]) > 100 * FLOAT32
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", NAMES)
+def test_flex_attention_gives_the_logits_of_a_dense_mask(name, monkeypatch, tiny_tokenizer):
+    monkeypatch.setattr(mask, "_compiled", lambda: flex_attention)  # the compiled kernel needs a GPU to train
+    network = architectures.accepted(name)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    dense, row = choose_attention(cache.model, "sdpa"), row_of(tiny_tokenizer, ("block", "full", "block"))
+    expected = row_logits(network, row, dense)
+    mask.register()
+    network.set_attn_implementation(mask.FLEX)
+    flexible = Masks(dense._windows, "flex")
+    for given, wanted in zip(row_logits(network, row, flexible, 512), expected, strict=True):
+        assert distance(given, wanted) < FLOAT32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_kv_heads", [3, 9])
+def test_compiled_flex_attention_gives_logits_and_gradients_of_a_dense_mask(num_kv_heads, tiny_tokenizer):
+    shape = {"num_attention_heads": 9, "num_key_value_heads": num_kv_heads, "hidden_size": 288}
+    found = []
+    for is_flex in (False, True):
+        network = architectures.build("Llama", {**shape, "max_position_embeddings": 2048}).cuda()
+        mask.register()
+        network.set_attn_implementation(mask.FLEX if is_flex else "sdpa")
+        for modes in (("block", "full", "block"), ("full", "block", "block")):
+            row = collate([row_of(tiny_tokenizer, modes)], padded_to=512 if is_flex else None)
+            batch = {key: values.cuda() for key, values in row.items()}
+            masks = Masks({"full_attention": None}, "flex" if is_flex else "boolean")
+            logits = answer_logits(network, batch, masks)
+            logits.log_softmax(-1).square().sum().backward()
+            found.append(logits.detach())
+        found.append(network.model.layers[0].self_attn.k_proj.weight.grad)
+    for dense, flexible in zip(found[:3], found[3:], strict=True):
+        assert distance(flexible, dense) < 1e-2  # TF32 in one of the two
+
+
+def test_only_answers_are_in_the_loss(tiny_tokenizer):
+    row = row_of(tiny_tokenizer, ("block", "full", "block"))
+    for index, example in enumerate(EXAMPLES):
+        learned = row.labels[(row.sample_ids == index) & (row.labels != IGNORED)]
+        assert tiny_tokenizer.decode(learned) == example.answer + "<|im_end|>"
+    batch = collate([row])
+    tokens = batch["input_ids"][0]
+    assert torch.equal(tokens[answer_places(batch) + 1], batch["labels"][batch["labels"] != IGNORED])
+
+
+def test_positions_begin_again_with_each_sample_and_are_those_of_its_prompt(tiny_tokenizer):
+    row = row_of(tiny_tokenizer, ("block", "full", "block"))
+    for index in range(3):
+        positions = row.positions[row.sample_ids == index]
+        assert positions.tolist() == list(range(len(positions)))
+
+
+def test_distance_to_a_teacher_is_none_to_itself_and_positive_to_others():
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 5, 7)
+    assert distance_to(one, one).abs().max() < 1e-6
+    expected = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=each) for each in (one, other))
+    )
+    torch.testing.assert_close(distance_to(one, other), expected)
+
+
+# Whole runs, on a model of three layers that learns to read a colour off a passage
+
+COLOURS = ["red", "green", "blue", "white"]
+
+
+def write_colours(path, num_examples, seed):
+    source = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(num_examples):
+            things = source.sample(["mill", "note", "wheel", "desk"], 3)
+            passages = [{"title": thing, "text": f"It is {source.choice(COLOURS)}."} for thing in things]
+            asked = source.randrange(3)
+            for index, passage in enumerate(passages):
+                passage["is_gold"] = index == asked
+            answer = passages[asked]["text"].split()[-1].strip(".")
+            file.write(
+                json.dumps({"question": f"The {things[asked]}?", "answers": [answer], "passages": passages})
+                + "\n"
+            )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetuning")
+    architectures.build("Llama", {"max_position_embeddings": 2048}).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    write_colours(folder / "train.jsonl", 200, seed=1)
+    write_colours(folder / "dev.jsonl", 10, seed=2)
+    return folder
+
+
+def recipe_in(folder, out, **options):
+    usual = {
+        "model": str(folder / "model"),
+        "data": [str(folder / "train.jsonl")],
+        "passage_format": "plain",
+        "min_passages": 1,
+        "steps": 6,
+        "row_tokens": 512,
+        "rows_per_step": 1,
+        "learning_rate": 5e-3,
+        "warmup_steps": 1,
+        "lora_rank": 4,
+        "precision": "float32",
+        "log_every": 1,
+        "save_every": 2,
+        "eval_every": 3,
+    }
+    return Recipe(out=str(out), **{**usual, **options})
+
+
+def weights_in(out):
+    return load_file(out / "adapter_model.safetensors")
+
+
+def test_a_run_learns_in_both_modes_and_says_so(folder, tmp_path):
+    out = tmp_path / "run"
+    recipe = recipe_in(
+        folder, out, steps=30, eval_data=[str(folder / "dev.jsonl")], eval_every=15, log_every=10
+    )
+    lines = []
+    report = finetune(recipe, tell=lines.append)
+    for mode in ("block", "full"):
+        curve = [entry[f"eval_loss_{mode}"] for entry in report.history if f"eval_loss_{mode}" in entry]
+        assert len(curve) == 3  # before, in the middle, after
+        assert curve[-1] < 0.5 * curve[0]
+        trained = [entry[f"loss_{mode}"] for entry in report.history if f"loss_{mode}" in entry]
+        assert trained[-1] < 0.5 * trained[0]
+    assert any("step 30 of 30" in line for line in lines)
+    assert "<svg" in (out / "training.svg").read_text()
+    assert json.loads((out / "training.json").read_text())["history"] == list(report.history)
+    card = (out / "README.md").read_text()
+    assert report.record.data[0]["sha256"][:16] in card
+    assert str(folder) not in "".join(path.read_text() for path in out.glob("*.[jmR]*[ndD]"))
+
+
+def test_a_finished_run_is_not_repeated(folder, tmp_path):
+    recipe = recipe_in(folder, tmp_path / "run", steps=2)
+    first = finetune(recipe)
+    before = (tmp_path / "run" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert finetune(recipe) == first
+    assert (tmp_path / "run" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_run_or_of_none_is_refused(folder, tmp_path):
+    finetune(recipe_in(folder, tmp_path / "run", steps=1))
+    with pytest.raises(InvalidInputError, match=r"other options \(learning_rate, seed\)"):
+        finetune(recipe_in(folder, tmp_path / "run", steps=1, seed=3, learning_rate=0.1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(InvalidInputError, match="not of a training run"):
+        finetune(recipe_in(folder, tmp_path / "other"))
+
+
+_KILLED = """
+import os, signal, sys
+from rag_blockcache.finetuning import trainer
+from rag_blockcache.finetuning.finetune import finetune
+from rag_blockcache.finetuning.recipe import Recipe
+
+seen = 0
+real = trainer.BlockTrainer.compute_loss
+
+def until_killed(self, model, inputs, *args, **options):
+    global seen
+    seen += 1
+    if seen == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, model, inputs, *args, **options)
+
+trainer.BlockTrainer.compute_loss = until_killed
+finetune(eval(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("damage", [False, True], ids=["complete-checkpoint", "half-written-checkpoint"])
+def test_a_killed_run_goes_on_with_the_same_data_to_the_same_weights(damage, folder, tmp_path):
+    options = {"lora_dropout": 0.1}  # random numbers must go on too
+    straight = finetune(recipe_in(folder, tmp_path / "straight", **options))
+    killed = recipe_in(folder, tmp_path / "killed", **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", _KILLED, repr(killed)], env=environment, capture_output=True, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    if damage:  # killed while it was written: its state is missing, and its weights are cut
+        (checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
+        (checkpoints / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"cut")
+    resumed = finetune(killed)
+    for (name, one), other in zip(
+        weights_in(tmp_path / "straight").items(), weights_in(tmp_path / "killed").values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    losses = [[entry["loss"] for entry in report.history] for report in (straight, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_the_control_sees_the_same_tokens_under_full_attention_alone(folder, tmp_path):
+    from rag_blockcache.finetuning.examples import read_data
+    from rag_blockcache.finetuning.rows import training_rows
+
+    found = {}
+    for modes in ("block+full", "full"):
+        recipe = recipe_in(folder, tmp_path, modes=modes)
+        files = [read_data(folder / "train.jsonl")]
+        found[modes] = training_rows(recipe, files, byte_tokenizer(), CLOSING, 512).rows
+    for mixed, control in zip(found["block+full"], found["full"], strict=True):
+        assert np.array_equal(mixed.token_ids, control.token_ids)
+        assert np.array_equal(mixed.labels, control.labels)
+        assert not control.block_ids.any()
+        assert mixed.block_ids.any()
+    shares = [row.is_block_mode[row.labels != IGNORED].mean() for row in found["block+full"]]
+    assert 0.3 < sum(shares) / len(shares) < 0.7
+
+
+def test_several_processes_make_the_rows_of_one(folder, tmp_path):
+    from rag_blockcache.finetuning.examples import read_data
+    from rag_blockcache.finetuning.rows import training_rows
+
+    files = [read_data(folder / "train.jsonl")]
+    rows = [
+        training_rows(
+            recipe_in(folder, tmp_path, workers=workers, steps=20), files, byte_tokenizer(), CLOSING, 512
+        ).rows
+        for workers in (1, 2)
+    ]
+    assert len(rows[0]) == len(rows[1]) == 20
+    for one, other in zip(*rows, strict=True):
+        for field in dataclasses.fields(one):
+            assert np.array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+@pytest.mark.parametrize("teacher", ["base", "itself"])
+def test_distillation_pulls_towards_the_teacher(teacher, folder, tmp_path):
+    recipe = recipe_in(
+        folder,
+        tmp_path / "run",
+        distill=1.0,
+        teacher=teacher,
+        modes="block",
+        learning_rate=1e-3,
+        rows_per_step=2,
+        steps=8,
+    )
+    report = finetune(recipe)
+    losses = [entry["loss"] for entry in report.history]
+    assert losses[-1] < losses[0]
+    # Gold answers have no part in it: those of a random model stay as unlikely as they were.
+    assert report.history[-1]["loss_block"] > 0.8 * report.history[0]["loss_block"]
+
+
+def test_a_base_teacher_in_full_mode_has_nothing_to_teach_at_first(folder, tmp_path):
+    report = finetune(recipe_in(folder, tmp_path / "run", distill=1.0, modes="full", steps=1))
+    assert abs(report.history[0]["loss"]) < 1e-5
+
+
+def test_steps_of_several_rows_are_averaged_over_all_their_answer_tokens(folder, tmp_path):
+    report = finetune(recipe_in(folder, tmp_path / "run", rows_per_step=3, steps=2))
+    first = report.history[0]
+    parts = [first["loss_block"], first["loss_full"]]
+    assert min(parts) <= first["loss"] <= max(parts)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"gradient_checkpointing": True}], ids=str)
+def test_other_ways_to_compute_come_close(options, folder, tmp_path):
+    usual = finetune(recipe_in(folder, tmp_path / "usual", steps=2))
+    other = finetune(recipe_in(folder, tmp_path / "other", steps=2, **options))
+    assert other.history[-1]["loss"] == pytest.approx(usual.history[-1]["loss"], rel=0.02)
+
+
+def test_an_evaluation_of_the_users_own_serves_the_model_in_training(folder, tmp_path):
+    scores = []
+
+    def evaluate(network, step):
+        cache = BlockCache(network, None, tokenizer=byte_tokenizer(), passage_format="plain")
+        score = cache.score("The mill?", [Passage("It is red.", title="mill")], "red", policy="block")
+        scores.append(float(score.sum()))
+        return {"eval_score": scores[-1]}
+
+    report = finetune(recipe_in(folder, tmp_path / "run"), evaluate=evaluate)
+    assert [entry["step"] for entry in report.history if "eval_score" in entry] == [0, 3, 6]
+    assert scores[-1] > scores[0]
+
+
+def test_the_command_without_the_rest_of_the_command_line(folder, tmp_path):
+    options = {"--model": folder / "model", "--out": tmp_path / "run", "--data": folder / "train.jsonl"}
+    small = "--steps 1 --row_tokens 512 --rows_per_step 1 --log_every 1 --passage_format plain"
+    command = [sys.executable, "-m", "rag_blockcache.finetuning", *small.split()]
+    for name, value in options.items():
+        command += [name, str(value)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.strip() == str(tmp_path / "run")
+    assert "step 1 of 1" in ended.stderr
+    wrong = subprocess.run([*command, "--balance", "3"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "balance is 3.0; it lies between 0 and 1" in wrong.stderr
+
+
+def test_training_needs_neither_the_command_line_nor_the_index():
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, rag_blockcache.finetuning.__main__; "
+            "print({'typer', 'faiss', 'sentence_transformers', 'diskcache'} & set(sys.modules))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "set()"
