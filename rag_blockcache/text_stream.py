@@ -7,26 +7,36 @@ from collections.abc import Iterator, Sequence
 from rag_blockcache.model import Model
 
 
+_OVERLAP = 16  # tokens that are decoded again with those behind them, so that spaces between them are right
+
+
 def text_pieces(
     model: Model, tokens: Iterator[int], stop_strings: Sequence[str] = (), *, special: bool = False
 ) -> Iterator[str]:
     """Turn a stream of tokens into a stream of text, with special tokens on demand.
 
     A piece is held back while it ends within a character of several tokens, or may begin a stop string; text
-    from a stop string on is dropped.
+    from a stop string on is dropped. Only the last tokens are decoded again for each new one.
     """
-    token_ids: list[int] = []
-    sent = ""
+    window: list[int] = []
+    num_before = num_sent = 0  # characters: in front of the window, and sent
     for token in tokens:
-        token_ids.append(token)
-        text = cut_at_stop(model.text(token_ids, special=special), stop_strings)
-        safe = len(text) - _held_back(text, stop_strings)
-        if safe > len(sent) and not text.endswith("\ufffd"):
-            yield text[len(sent) : safe]
-            sent = text[:safe]
-    text = whole_text(model, token_ids, stop_strings, special=special)
-    if len(text) > len(sent):
-        yield text[len(sent) :]
+        window.append(token)
+        text = model.text(window, special=special)
+        unsent = cut_at_stop(text[num_sent - num_before :], stop_strings)
+        safe = len(unsent) - _held_back(unsent, stop_strings)
+        if safe > 0 and not unsent.endswith("\ufffd"):
+            yield unsent[:safe]
+            num_sent += safe
+        if len(window) >= 2 * _OVERLAP and not text.endswith("\ufffd"):
+            rest = model.text(window[-_OVERLAP:], special=special)
+            num_left = len(text) - len(rest)
+            if text.endswith(rest) and num_before + num_left <= num_sent:
+                num_before += num_left
+                del window[:-_OVERLAP]
+    text = whole_text(model, window, special=special)
+    if last := cut_at_stop(text[num_sent - num_before :], stop_strings):
+        yield last
 
 
 def no_pieces(tokens: Iterator[int]) -> Iterator[str]:

@@ -43,6 +43,33 @@ def test_any_tokens_at_all_give_the_text_of_all_of_them(tokens, stops, models):
     assert "".join(text_pieces(models[0], iter(tokens), stops)) == whole_text(models[0], tokens, stops)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    words=st.lists(
+        st.sampled_from(["ab", " ab", "é", "日本", "🙂", "\n", " a b", "b"]), min_size=20, max_size=60
+    ),
+    stops=st.sampled_from([[], ["日本b"], ["b ab", "aa"]]),
+)
+def test_long_answers_are_not_decoded_anew_at_every_token(words, stops, models):
+    for model in models:
+        tokens = tokens_of(model, "".join(words))
+        pieces = "".join(text_pieces(model, iter(tokens), stops))
+        assert pieces == whole_text(model, tokens, stops)
+
+
+def test_the_work_for_a_token_does_not_grow_with_the_answer(models, monkeypatch):
+    longest = []
+    decode = Model.text
+    monkeypatch.setattr(
+        Model,
+        "text",
+        lambda self, token_ids, **how: longest.append(len(token_ids)) or decode(self, token_ids, **how),
+    )
+    text = "ab é日 " * 200
+    assert "".join(text_pieces(models[0], iter(tokens_of(models[0], text)))) == text
+    assert max(longest) <= 40
+
+
 @pytest.mark.parametrize("num_cut", [1, 2])
 def test_a_character_that_was_cut_off_at_the_end_takes_no_other_with_it(num_cut, models):
     for (
