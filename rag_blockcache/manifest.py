@@ -377,6 +377,11 @@ class Manifest:
         query = f"SELECT block_id FROM blocks WHERE block_id {AMONG} AND {IS_NEEDED}"
         return {found for (found,) in self._database.read(query, as_json(block_ids))}
 
+    def passages_with_blocks(self, block_ids: Iterable[str], *, limit: int) -> list[str]:
+        """Return passages that documents hold and that have one of these blocks, so many at most."""
+        query = f"SELECT passage_id FROM passages WHERE block_id {AMONG} AND {IS_HELD} LIMIT ?"
+        return [passage_id for (passage_id,) in self._database.read(query, as_json(block_ids), limit)]
+
     def documents_of(self, passage_id: str) -> list[str]:
         """Return the documents that hold a passage, in order of their ids."""
         query = "SELECT DISTINCT document_id FROM holdings WHERE passage_id = ? ORDER BY document_id"

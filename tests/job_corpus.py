@@ -43,6 +43,7 @@ class FakeCache:
         )
         self.prompt = SimpleNamespace(format=SimpleNamespace(name="paper"), preamble="")
         self.encoded: list[str] = []
+        self.registered: list[str] = []
         self.forgotten: list[str] = []
 
     def block(self, passage: Passage) -> Block:
@@ -76,6 +77,9 @@ class FakeCache:
             seconds=0.1,
             num_not_stored=len(unstored) - len(missing),
         )
+
+    def register(self, passages) -> None:
+        self.registered += list(passages)
 
     def forget(self, passages) -> None:
         self.forgotten += [passage.text for passage in passages]

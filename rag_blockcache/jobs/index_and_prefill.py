@@ -108,8 +108,8 @@ def index_and_prefill(
         return job.run()
 
 
-def settings_of(cache: BlockCache, retriever: Retriever, splitter: PassageSplitter) -> IndexSettings:
-    """Say what an index made with these would be made with."""
+def settings_of(cache: BlockCache, retriever: Retriever, splitter: PassageSplitter | str) -> IndexSettings:
+    """Say what an index made with these would be made with; a splitter may be named in words."""
     return IndexSettings(
         model=str(cache.model.network.name_or_path),
         fingerprint=cache.fingerprint,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rag_blockcache.block_cache import BlockCache
     from rag_blockcache.retriever import Retriever
 
+_MAX_ALIKE = 100  # passages looked at; the text of a footer may be that of thousands
+
 OtherForms: TypeAlias = Callable[[Passage], Iterable[str]]
 
 
@@ -54,14 +56,23 @@ class Removal:
         self.forget(self._retriever.get(passage_ids))
         self._retriever.delete(passage_ids)
 
-    def forget(self, passages: Iterable[Passage]) -> None:
-        """Forget texts of passages that were released, and delete their blocks, unless others need them."""
-        forms = [
-            form for passage in passages for form in (passage, *map(Passage, self._other_forms(passage)))
-        ]
-        names = [self._cache.block(form).block_id for form in forms]
-        needed = self._manifest.needed_blocks(names)
-        self._cache.forget([form for form, name in zip(forms, names, strict=True) if name not in needed])
+    def forget(self, passages: Sequence[Passage]) -> None:
+        """Forget texts of passages that were released, and delete their blocks, unless others need them.
+
+        A form that another passage has too is forgotten, unless the two passages are alike; it costs no more
+        than that it is not found by itself in a prompt.
+        """
+        names = {passage: self._cache.block(passage).block_id for passage in passages}
+        forms = {Passage(text) for passage in passages for text in self._other_forms(passage)}
+        if forms:
+            forms -= self._forms_with_blocks(names.values())
+            names |= {form: self._cache.block(form).block_id for form in forms}
+        needed = self._manifest.needed_blocks(names.values())
+        self._cache.forget([passage for passage, name in names.items() if name not in needed])
+
+    def _forms_with_blocks(self, block_ids: Iterable[str]) -> set[Passage]:
+        alike = self._manifest.passages_with_blocks(block_ids, limit=_MAX_ALIKE)
+        return {Passage(text) for other in self._retriever.get(alike) for text in self._other_forms(other)}
 
     def _delete_blocks(self, block_ids: Iterable[str]) -> None:
         for block_id in block_ids:
