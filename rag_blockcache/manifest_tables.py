@@ -38,7 +38,7 @@ CREATE INDEX passages_not_embedded ON passages (passage_id) WHERE is_embedded = 
 CREATE INDEX blocks_not_done ON blocks (num_tokens, block_id) WHERE is_done = 0
 """
 
-OWN = "passage:"  # before a passage's id: the document that stands for it alone; no path begins like this
+OWN = "passage:"  # before a passage's name: the document that stands for it alone; no path begins like this
 AMONG = "IN (SELECT value FROM json_each(?))"  # takes one argument, however many ids there are
 IS_HELD = "EXISTS (SELECT 1 FROM holdings AS h WHERE h.passage_id = passages.passage_id)"
 IS_NEEDED = """EXISTS (
@@ -60,9 +60,14 @@ def as_json(ids: Iterable[str]) -> str:
     return json.dumps(list(ids))
 
 
+def own_id(passage_id: str) -> str:
+    """Return the id of the document that stands for a passage alone."""
+    return OWN + passage_id
+
+
 def own_document(passage: PassageRecord, content_id: str) -> DocumentRecord:
     """Make the document that holds a passage which is named by its user, not by its content."""
-    return DocumentRecord(OWN + passage.passage_id, content_id, (passage,))
+    return DocumentRecord(own_id(passage.passage_id), content_id, (passage,))
 
 
 def delete_documents(connection: sqlite3.Connection, document_ids: Iterable[str]) -> Released:
@@ -78,7 +83,7 @@ def delete_holdings(connection: sqlite3.Connection, passage_ids: Sequence[str]) 
     ids = (as_json(passage_ids),)
     held = _held(connection, f"SELECT passage_id FROM holdings WHERE passage_id {AMONG}", ids)
     connection.execute(f"DELETE FROM holdings WHERE passage_id {AMONG}", ids)
-    delete_documents(connection, (OWN + passage_id for passage_id in passage_ids))
+    delete_documents(connection, map(own_id, passage_ids))
     return held
 
 

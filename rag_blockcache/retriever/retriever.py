@@ -153,7 +153,7 @@ class Retriever:
             replace(passage, passage_id=passage.passage_id or passage.content_id)
             for passage in as_passages(passages)
         ]
-        sources = _sources(named, source_ids)
+        sources = sources_of(named, source_ids)
         if not named:
             return []
         if embeddings is None:
@@ -357,7 +357,8 @@ def _embedded_text(passage: Passage) -> str:
     return f"{passage.title}\n{passage.text}" if passage.title else passage.text
 
 
-def _sources(passages: Sequence[Passage], source_ids: Sequence[str] | None) -> list[str]:
+def sources_of(passages: Sequence[Passage], source_ids: Sequence[str] | None) -> list[str]:
+    """Return the document that each passage came from, empty for none; see ``Retriever.add``."""
     if source_ids is None:
         named = [passage.metadata.get("source") for passage in passages]
         return [source if isinstance(source, str) else "" for source in named]
