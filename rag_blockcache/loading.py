@@ -161,13 +161,16 @@ def _training_record(model: str | Path, adapter: str | Path | None) -> TrainingR
     if adapter is None:
         path = Path(model) / RECORD_FILE
         return TrainingRecord.read(path) if path.is_file() else None
-    found = cached_file(
-        str(adapter),
-        RECORD_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(
+            str(adapter),
+            RECORD_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no such adapter, which loading it says better
+        return None
     return TrainingRecord.read(Path(found)) if found is not None else None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -139,14 +140,21 @@ def _with_adapter(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with _without_warning_of_peft():
         model = cast(PeftModel, get_peft_model(network, config))
     # Left to itself, PEFT asks the hub at every checkpoint whether the vocabulary has grown.
     model.save_pretrained = functools.partial(  # type: ignore[method-assign]
         model.save_pretrained, save_embedding_layers=False
     )
     return model
+
+
+@contextlib.contextmanager
+def _without_warning_of_peft() -> Iterator[None]:
+    """Keep from users that PEFT asks a model for something by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def save_weights(trainee: Trainee, weights: Mapping[str, Tensor], record: TrainingRecord, out: Path) -> None:
@@ -173,7 +181,8 @@ def merge_adapter(recipe: Recipe, adapter: Path, out: Path) -> None:
     """Write the base model with an adapter merged into it, to be used like any other model."""
     record = TrainingRecord.read(adapter / RECORD_FILE)
     model = load_model(recipe.model, device="cpu", dtype="float32")
-    merged = PeftModel.from_pretrained(model.network, str(adapter)).merge_and_unload()
+    with _without_warning_of_peft():
+        merged = PeftModel.from_pretrained(model.network, str(adapter)).merge_and_unload()
     network = cast(PreTrainedModel, merged).to(torch.bfloat16)  # type: ignore[arg-type]
     shutil.rmtree(out, ignore_errors=True)
     _save_model(network, model.tokenizer, None, record, out)
@@ -187,7 +196,8 @@ def _save_model(
     record: TrainingRecord,
     out: Path,
 ) -> None:
-    network.config.block_fine_tuned = record.block_fine_tuned
-    network.config.dtype = torch.bfloat16
     network.save_pretrained(out, state_dict=weights)
+    network.config.block_fine_tuned = record.block_fine_tuned
+    network.config.dtype = torch.bfloat16  # saving the model wrote what it was trained in
+    network.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
