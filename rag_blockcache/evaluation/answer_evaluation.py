@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +32,38 @@ class EvaluationOptions:
     """What is measured, and how.
 
     Attributes:
+        model: Hub id or folder of the model.
         data: Benchmarks; see ``public_sets.load_benchmark``.
-        model: Hub id, folder, or loaded model.
         policies: Arms with commas between them; see ``arms.parse_arm``. Full attention and no passages are
             measured in any case.
         limit: Questions of each benchmark; None for all.
-        num_passages: Measure each question with these numbers of passages; empty for those it has.
-        orders: Measure each question with its passages in these orders; see ``variants.ORDERS``.
+        num_passages: Ask each question with these numbers of passages; empty for those it has.
+        orders: Ask each question with its passages in these orders; see ``variants.ORDERS``.
         max_new_tokens: Longest answer.
         batch_size: Questions at a time; None chooses by the device and the length of the prompts.
-        num_timed: Questions that are asked alone as well, to time the first token.
-        scores_gold: Whether gold answers are scored too, for perplexity.
-        text: A text whose perplexity under full attention is measured too; None for none.
-        directory: Keeps predictions, so that a run that was killed goes on; None keeps none.
-        tokenizer: The model's own if None.
-        adapter: PEFT adapter to load into the model.
-        passage_format: How passages are shown.
+        timed: How many questions are asked alone as well, to time the first token.
+        score_gold: Whether gold answers are scored too, for their perplexity; it takes one more pass each.
+        text: File of a text whose perplexity under full attention is measured too; None for none.
+        report: Directory for predictions, so that a run that was killed goes on; None keeps none.
+        adapter: Hub id or folder of a PEFT adapter to load into the model.
+        passage_format: How passages are shown, by name.
         preamble: Text before them; None for that of the format.
         device: Where the model runs; None for a GPU if there is one.
         dtype: What it computes in; None for that of its files.
     """
 
-    data: Sequence[str]
-    model: Any
+    model: str
+    data: list[str]
     policies: str = "block,link-16"
     limit: int | None = None
-    num_passages: Sequence[int] = ()
-    orders: Sequence[str] = ("given",)
+    num_passages: list[int] = field(default_factory=list)
+    orders: list[str] = field(default_factory=lambda: ["given"])
     max_new_tokens: int = 64
     batch_size: int | None = None
-    num_timed: int = 20
-    scores_gold: bool = False
+    timed: int = 20
+    score_gold: bool = False
     text: str | None = None
-    directory: Path | str | None = None
-    tokenizer: Any = None
+    report: str | None = None
     adapter: str | None = None
     passage_format: str = "paper"
     preamble: str | None = None
@@ -86,21 +84,22 @@ def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> An
     arms = parse_arms(options.policies)
     if options.max_new_tokens < 1 or not options.data:
         raise InvalidInputError("max_new_tokens must be at least 1, and data name one benchmark at least")
+    text = None if options.text is None else Path(options.text).read_text(encoding="utf-8")
     examples = [example for name in options.data for example in _benchmark(options, name)]
     with _engines(options) as engines:
         fitting, skipped = _fitting(engines, examples, options.max_new_tokens)
-        log = PredictionLog(options.directory, _settings(options, engines))
+        log = PredictionLog(options.report, _settings(options, engines))
         run = AnswerRun(
             engines,
             arms,
             log,
             max_new_tokens=options.max_new_tokens,
-            timed=_evenly(list(fitting), options.num_timed),
-            scores_gold=options.scores_gold,
+            timed=_evenly(list(fitting), options.timed),
+            scores_gold=options.score_gold,
         )
         _measure_all(run, fitting, _batch_limits(options, engines), progress or (lambda *_: None))
-        text = None if options.text is None else text_perplexity(engines.plain.model, options.text)
-        environment = Environment.of(engines.plain.model, options.adapter or _name(options.model))
+        found = None if text is None else text_perplexity(engines.plain.model, text)
+        environment = Environment.of(engines.plain.model, options.adapter or options.model)
     return summarize(
         [example for example, _ in fitting.values()],
         arms,
@@ -109,7 +108,7 @@ def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> An
         max_new_tokens=options.max_new_tokens,
         passage_format=options.passage_format,
         num_skipped=skipped,
-        text=text,
+        text=found,
     )
 
 
@@ -120,17 +119,12 @@ def _benchmark(options: EvaluationOptions, name: str) -> list[QaExample]:
 def _engines(options: EvaluationOptions) -> Engines:
     return Engines(
         options.model,
-        tokenizer=options.tokenizer,
         device=options.device,
         dtype=options.dtype,
         adapter=options.adapter,
         passage_format=options.passage_format,
         preamble=options.preamble,
     )
-
-
-def _name(model: Any) -> str | None:
-    return str(model) if isinstance(model, str | Path) else None
 
 
 def _settings(options: EvaluationOptions, engines: Engines) -> dict[str, Any]:
@@ -141,7 +135,7 @@ def _settings(options: EvaluationOptions, engines: Engines) -> dict[str, Any]:
         "max_new_tokens": options.max_new_tokens,
         "passage_format": options.passage_format,
         "preamble": hashlib.blake2b(engines.plain.prompt.preamble.encode(), digest_size=8).hexdigest(),
-        "scores_gold": options.scores_gold,
+        "scores_gold": options.score_gold,
     }
 
 

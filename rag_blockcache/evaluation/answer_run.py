@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rag_blockcache.answers import Answer
-from rag_blockcache.block_cache import BlockCache
 from rag_blockcache.evaluation.answer_metrics import contains_answer, exact_match, f1
 from rag_blockcache.evaluation.arms import FULL_ARM, Arm
 from rag_blockcache.evaluation.engines import Engines
@@ -77,7 +76,7 @@ class AnswerRun:
             found = self._measure(arms, examples)
         finally:
             for cache in caches.values():
-                _forget(cache, passages)
+                cache.forget(passages)
         self._log.add(each for each in found if self._log.get(each.key, each.arm) is None)
 
     def _measure(self, arms: Sequence[Arm], examples: Sequence[QaExample]) -> list[Prediction]:
@@ -209,8 +208,3 @@ def _own_agreements(judged: _Judged) -> list[Agreement]:
 
 def _shown(arm: Arm, example: QaExample) -> tuple[Passage, ...]:
     return example.passages if arm.shows_passages else ()
-
-
-def _forget(cache: BlockCache, passages: Sequence[Passage]) -> None:
-    for passage in passages:
-        cache.store.pop(cache.block(passage).block_id, None)

@@ -1,0 +1,79 @@
+"""Questions are asked with fewer, more, reordered and repeated passages, the same in every run."""
+
+import pytest
+import qa_data
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.evaluation.answer_metrics import contains_answer
+from rag_blockcache.evaluation.qa_examples import read_row
+from rag_blockcache.evaluation.variants import ORDERS, in_order, vary, with_num_passages
+
+
+@pytest.fixture
+def examples():
+    return [read_row(row, dataset="village") for row in qa_data.rows()]
+
+
+def test_every_order_keeps_the_passages_and_their_marks(examples):
+    for example in examples:
+        marked = dict(zip(example.passages, example.is_gold, strict=True))
+        for order in ORDERS:
+            changed = in_order(example, order)
+            assert dict(zip(changed.passages, changed.is_gold, strict=True)) == marked
+            assert len(changed.passages) == len(marked) * (2 if order == "twice" else 1)
+            assert changed.variant == ("" if order == "given" else order)
+
+
+def test_gold_passages_are_moved_to_the_ends(examples):
+    assert {in_order(example, "gold-first").gold_position for example in examples} == {1}
+    assert {in_order(example, "gold-last").gold_position for example in examples} == {3}
+    assert in_order(examples[0], "reversed").passages == examples[0].passages[::-1]
+
+
+def test_fewer_passages_keep_the_gold_one_and_the_order(examples):
+    for example in examples:
+        for number in (1, 2):
+            fewer = with_num_passages(example, number, examples)
+            places = [example.passages.index(passage) for passage in fewer.passages]
+            assert len(places) == number
+            assert places == sorted(places)
+            assert fewer.gold_position is not None
+
+
+def test_without_marks_the_passage_that_holds_the_answer_stays():
+    row = qa_data.rows()[2]
+    unmarked = {**row, "passages": [{**each, "is_gold": None} for each in row["passages"]]}
+    [passage] = with_num_passages(read_row(unmarked, dataset="x"), 1, []).passages
+    assert "four tonnes" in passage.text
+
+
+def test_more_passages_come_from_other_questions_and_hold_no_answer(examples):
+    more = with_num_passages(examples[0], 5, examples)
+    added = set(more.passages) - set(examples[0].passages)
+    assert (len(more.passages), len(added)) == (5, 2)
+    assert not any(contains_answer(passage.text, examples[0].answers) for passage in added)
+    assert sum(map(bool, more.is_gold)) == 1
+    assert more.variant == "5 passages"
+
+
+def test_too_few_passages_to_add_are_an_error_that_counts_them(examples):
+    with pytest.raises(InvalidInputError, match="q0 needs 37 more passages"):
+        with_num_passages(examples[0], 40, examples)
+
+
+def test_numbers_and_orders_are_combined_and_each_has_a_key_of_its_own(examples):
+    varied = vary(examples, num_passages=[1, 3], orders=["given", "twice"])
+    assert len({example.key for example in varied}) == 4 * len(examples)
+    assert {example.variant for example in varied} == {
+        "1 passage",
+        "1 passage, twice",
+        "3 passages",
+        "3 passages, twice",
+    }
+    assert varied == vary(examples, num_passages=[1, 3], orders=["given", "twice"])
+
+
+@pytest.mark.parametrize("options", [{"orders": ["sideways"]}, {"num_passages": [0]}])
+def test_an_unknown_order_and_an_impossible_number_are_errors(examples, options):
+    with pytest.raises(InvalidInputError, match="gold-first"):
+        vary(examples, **options)
