@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +58,7 @@ class PrefilledIndex:
         embedder: As for ``Retriever``; not needed where vectors come ready.
         index_factory: As for ``Retriever``.
         device: Where the embedder runs.
+        unfiltered_keys: As for ``Retriever``.
         adapter: Name of the adapter on the model of the cache, for the record.
         other_forms: In which texts a passage may be shown beside its own. They are known to the cache as
             long as the passage is there, and encoded when they are first met in a prompt.
@@ -86,6 +87,7 @@ class PrefilledIndex:
         embedder: str | EmbedFunction | Embedder | None = None,
         index_factory: str | None = None,
         device: str | None = None,
+        unfiltered_keys: Collection[str] = (),
         adapter: Path | str | None = None,
         other_forms: OtherForms = no_other_forms,
     ) -> None:
@@ -95,7 +97,11 @@ class PrefilledIndex:
         self._turn = threading.RLock()  # one change at a time
         self._manifest: Manifest | None = None  # until something is changed with a model
         self._retriever = Retriever(
-            self.directory / "index", embedder=embedder, index_factory=index_factory, device=device
+            self.directory / "index",
+            embedder=embedder,
+            index_factory=index_factory,
+            device=device,
+            unfiltered_keys=unfiltered_keys,
         )
         self._resources = ExitStack()
         self._resources.callback(self._retriever.close)

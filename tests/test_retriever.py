@@ -367,6 +367,16 @@ def test_a_filter_reads_only_the_metadata_that_were_added_since_its_last_use(ret
     assert read == [1]
 
 
+def test_metadata_that_no_filter_asks_for_are_kept_but_not_held(tmp_path):
+    whole = Passage("red", passage_id="p", metadata={"lang": "en", "_raw": "x" * 1000})
+    with Retriever(tmp_path, embedder=embed, unfiltered_keys=["_raw"]) as retriever:
+        retriever.add([whole])
+        seen = []
+        assert retriever.find(lambda metadata: seen.append(dict(metadata)) or True) == ["p"]
+        assert seen == [{"lang": "en"}]
+        assert retriever.get(["p"]) == [whole]
+
+
 @pytest.mark.parametrize("index_factory", ["Flat", "HNSW8", "IVF4,Flat"])
 def test_a_search_among_some_ids_compares_only_those(tmp_path, index_factory):
     with Retriever(tmp_path, embedder=embed, index_factory=index_factory) as retriever:

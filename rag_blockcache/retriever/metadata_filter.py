@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -11,6 +11,8 @@ import numpy as np
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.retriever.passage_table import PassageTable
 from rag_blockcache.retriever.vector_index import Ids
+
+_PART = 10_000  # passages whose metadata are read together
 
 Where: TypeAlias = Mapping[str, Any] | Callable[[Mapping[str, Any]], bool]
 
@@ -23,10 +25,11 @@ class PassageFilter:
 
     Args:
         table: Has the passages.
+        unfiltered_keys: Keys of metadata that no condition asks for; their values are not held.
     """
 
-    def __init__(self, table: PassageTable) -> None:
-        self._table = table
+    def __init__(self, table: PassageTable, unfiltered_keys: Collection[str] = ()) -> None:
+        self._table, self._unfiltered_keys = table, frozenset(unfiltered_keys)
         self._held: dict[int, dict[str, Any]] = {}
         self._generation = -1  # of the table, when all of it was held
 
@@ -60,9 +63,17 @@ class PassageFilter:
         generation = self._table.setting("generation")
         if generation != self._generation:
             present = self._table.vector_ids().tolist()
-            added = self._table.metadata([name for name in present if name not in self._held])
+            added = self._read([name for name in present if name not in self._held])
             self._held = {name: added[name] if name in added else self._held[name] for name in present}
             self._generation = generation
+
+    def _read(self, vector_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Read metadata a part at a time, so that what is not held is not in memory all at once."""
+        found: dict[int, dict[str, Any]] = {}
+        for start in range(0, len(vector_ids), _PART):
+            for name, metadata in self._table.metadata(vector_ids[start : start + _PART]).items():
+                found[name] = {key: metadata[key] for key in metadata if key not in self._unfiltered_keys}
+        return found
 
 
 def as_names(passage_ids: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +61,7 @@ class Retriever:
             enough (39 for each centroid), and trains. None takes the one on record, ``"Flat"`` for
             a new index, which always compares everything.
         device: Where the embedder runs; None leaves it to sentence-transformers.
+        unfiltered_keys: Keys of metadata that no filter asks for. Filters hold all other metadata in memory.
 
     Raises:
         IndexMismatchError: If the index there was made with another embedder or index_factory.
@@ -81,11 +82,12 @@ class Retriever:
         embedder: str | EmbedFunction | Embedder | None = None,
         index_factory: str | None = None,
         device: str | None = None,
+        unfiltered_keys: Collection[str] = (),
     ) -> None:
         self.directory = Path(directory)
         self._table = PassageTable(prepared(self.directory) / TABLE_FILE)
         self._index = SyncedIndex(self._table, self.directory)
-        self._filter = PassageFilter(self._table)
+        self._filter = PassageFilter(self._table, unfiltered_keys)
         self._has_written = False
         self._wanted_factory = index_factory
         with ExitStack() as undo:
