@@ -5,16 +5,32 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rag_blockcache.chat_messages import (
+    arrangements,
+    fitted,
+    uses_tools,
+    with_calls_apart,
+    with_calls_as_text,
+    with_content,
+    with_short_ids,
+    with_tools_shown,
+)
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.passages import Excerpt, Passage
 from rag_blockcache.request import Message
+from rag_blockcache.tool_calls import HERMES, CallForm
+from rag_blockcache.tool_support import ToolSupport, find_tool_support
+
+# A template is a program: what it was not written for may fail anywhere in it.
+_REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Marks:
@@ -66,6 +82,9 @@ class DocumentShape:
 class ChatTemplate:
     """Renders messages as a tokenizer's template has them.
 
+    What the template has no place for is shown all the same: a message of the system, tools, their calls and
+    results, neighbours of one role.
+
     Args:
         tokenizer: Without a template, messages stand one below the other, and an answer is asked for.
 
@@ -79,25 +98,71 @@ class ChatTemplate:
         self.is_plain = tokenizer.chat_template is None
         self.strips_messages = not self.is_plain and self._strips_messages()
 
-    def render(self, messages: Sequence[Message], **options: Any) -> str:
-        """Render messages; a system prompt that has no place goes in front of the first other message.
+    @property
+    def call_form(self) -> CallForm:
+        """How a model writes calls of tools that were shown to it."""
+        return HERMES if self.is_plain else self._tool_support.call_form
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), **options: Any
+    ) -> str:
+        """Render a chat, and what begins the answer to it.
+
+        The template has its way where it takes the chat. Where it does not, messages of the system become
+        part of the user's, neighbours of one role become one message, and calls of tools are written as
+        Hermes and Qwen models do.
+
+        Args:
+            messages: Each with a role, and content that is a string or None.
+            tools: Shown to the model.
+            options: Handed to the template.
 
         Raises:
-            InvalidInputError: If the template refuses the messages.
+            InvalidInputError: If the template refuses the messages, or leaves out what one of them says.
         """
+        if not all(isinstance(message.get("role"), str) for message in messages):
+            raise InvalidInputError('a message has no role; write {"role": "user", "content": ...}')
         if self.is_plain:
-            return self._render_plainly(messages)
-        first, *rest = messages
-        has_system = first["role"] == "system"
-        try:
-            rendered = self._apply(messages, **options)
-            if not has_system or first["content"] in rendered:
-                return rendered
-        except TemplateError as error:
-            if not has_system:
-                raise InvalidInputError(f"the chat template refuses these messages: {error}") from error
-        content = f"{first['content']}\n\n{rest[0].get('content') or ''}"
-        return self.render([{**rest[0], "content": content}, *rest[1:]], **options)
+            return self._render_plainly(with_tools_shown(with_calls_as_text(messages), tools))
+        refusals = []
+        for chat, shown in self._versions(messages, tools):
+            for arranged in arrangements(chat):
+                try:
+                    rendered = self._apply(arranged, tools=shown or None, **options)
+                    self._check_shown(messages, rendered)
+                    return rendered
+                except InvalidInputError as error:
+                    refusals.append(error)
+        raise refusals[0]
+
+    def _versions(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[Sequence[Message], list[Mapping[str, Any]]]]:
+        """Return ways to show tools and their calls, with the tools that the template is to show."""
+        if not tools and not uses_tools(messages):
+            yield with_content(messages), []
+            return
+        support = self._tool_support
+        native = list(tools) if support.has_tools else []
+        described = messages if native else with_tools_shown(messages, tools)
+        if support.has_calls:
+            numbered = with_short_ids(described)
+            for chat in (described, numbered, with_calls_apart(numbered)):
+                yield fitted(chat, takes_json=support.takes_json, empty=support.empty), native
+        yield with_calls_as_text(described), native
+
+    @cached_property
+    def _tool_support(self) -> ToolSupport:
+        return find_tool_support(self._apply)
+
+    @staticmethod
+    def _check_shown(messages: Sequence[Message], rendered: str) -> None:
+        for number, message in enumerate(messages, start=1):
+            if (message.get("content") or "").strip() not in rendered:
+                raise InvalidInputError(
+                    f"the chat template leaves out what message {number} says, of role {message['role']!r}; "
+                    "use another role or another template"
+                )
 
     def shape_of_documents(self) -> DocumentShape:
         """Find out what the template writes for one document.
@@ -127,10 +192,18 @@ class ChatTemplate:
         documents = [{"title": title, "text": text} for title, text in zip(titles, texts, strict=True)]
         return self.render([{"role": "user", "content": "?"}], documents=documents)
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> str:
-        return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
-        )
+    def _apply(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **options: Any
+    ) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **options,
+            )
+        except _REFUSALS as error:
+            raise InvalidInputError(f"the chat template refuses these messages: {error}") from error
 
     def _render_plainly(self, messages: Sequence[Message]) -> str:
         bos, first = self._tokenizer.bos_token_id, self._tokenizer("x").input_ids[:1]
@@ -141,5 +214,5 @@ class ChatTemplate:
         spaced = f" {Marks().add('')} "
         try:
             return spaced not in self._apply([{"role": "user", "content": spaced}])
-        except TemplateError:
+        except InvalidInputError:
             return False

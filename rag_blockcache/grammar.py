@@ -5,32 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from rag_blockcache.json_schema import Schema
+from rag_blockcache.tool_calls import CallForm
 
 # Values are written as ``json.dumps`` does; a small model that may put white space anywhere does not stop.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """How a model writes a call: what stands around the name of a tool and its arguments in JSON.
-
-    Attributes:
-        before: In front of the name.
-        middle: From the name to the arguments.
-        after: Behind the arguments.
-        between: From one call to ``before`` of the next; None where a model makes only one.
-    """
-
-    before: str
-    middle: str
-    after: str
-    between: str | None = None
-
-
-HERMES = CallForm('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
 
 
 def grammar(
@@ -39,31 +19,24 @@ def grammar(
     form: CallForm,
     special: Mapping[str, int],
     *,
-    is_one_call: bool,
     is_space_first: bool,
 ) -> str:
-    """Return the grammar of an answer in JSON, of calls, or of either.
+    """Return the grammar of an answer in JSON, of a call, or of either.
 
     Args:
         answer: Schema of an answer; None if there must be a call.
         tools: Schemas of the arguments of the tools that can be called, by name; may be empty.
         form: How a call is written.
         special: Ids of special tokens by their text, which the form may hold.
-        is_one_call: Whether there is exactly one call, or one at least.
         is_space_first: Whether a space may stand first, as behind a control token of SentencePiece.
     """
-    kinds, rules = [], []
-    if answer is not None:
-        kinds.append("answer")
-        rules.append(f"answer: {_value(answer)}")
-    if tools:
-        has_more = not is_one_call and form.between is not None
-        more = f" ({_literal(form.between or '', special)} call)*" if has_more else ""
-        kinds.append("calls")
-        rules += [f"calls: call{more}", f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
-        rules += [f"call_{i}: {_call(name, tools[name], form, special)}" for i, name in enumerate(tools)]
+    rules = [] if answer is None else [_value(answer)]
+    rules += [_call(name, schema, form, special) for name, schema in tools.items()]
+    names = [f"rule_{index}" for index in range(len(rules))]
     space = '" "? ' if is_space_first else ""
-    return "\n".join(["%llguidance {}", f"start: {space}({' | '.join(kinds)})", *rules])
+    start = f"start: {space}({' | '.join(names)})"
+    named = [f"{name}: {rule}" for name, rule in zip(names, rules, strict=True)]
+    return "\n".join(["%llguidance {}", start, *named])
 
 
 def _call(name: str, schema: Schema, form: CallForm, special: Mapping[str, int]) -> str:

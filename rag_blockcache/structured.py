@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from rag_blockcache.errors import InvalidInputError, MissingDependencyError
-from rag_blockcache.grammar import HERMES, grammar
+from rag_blockcache.grammar import grammar
 from rag_blockcache.json_schema import Schema, closed, without_patterns
-from rag_blockcache.tool_calls import schemas_of
+from rag_blockcache.tool_calls import HERMES, schemas_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -46,11 +46,11 @@ def constraint(
 
     Args:
         tokenizer: Of the model. Its vocabulary is looked through once, in about a second.
-        response_schema: JSON schema of the answer; it leaves room for calls of the tools, if there are any
-            and the choice is ``"auto"``.
+        response_schema: JSON schema of the answer. Where tools can be chosen, a call may take its place.
         tools: Functions that can be called, with JSON schemas of their arguments.
-        tool_choice: ``"required"`` for one call or more, of any tool; the name of a tool for one call of it;
-            ``"auto"`` and ``"none"`` ask for no call.
+        tool_choice: ``"required"`` for a call of any tool, the name of a tool for a call of it; ``"auto"``
+            and ``"none"`` ask for no call. It is one call, because small models that may write another one
+            do not stop.
         eos_token_ids: All tokens that end an answer; empty for the tokenizer's.
 
     Returns:
@@ -72,7 +72,6 @@ def constraint(
         {name: vocabulary.followed(schema or {"properties": {}}) for name, schema in called.items()},
         HERMES,
         vocabulary.special,
-        is_one_call=tool_choice != "required" and answer is None,
         is_space_first=vocabulary.is_space_first,
     )
     return Constraint([vocabulary.matcher(text)])

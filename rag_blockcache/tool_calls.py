@@ -32,6 +32,26 @@ class ToolCall:
     tool_call_id: str
 
 
+@dataclass(frozen=True)
+class CallForm:
+    """How a call is written: what stands around the name of a tool and its arguments in JSON.
+
+    Attributes:
+        before: In front of the name.
+        middle: From the name to the arguments.
+        after: Behind the arguments.
+    """
+
+    before: str
+    middle: str
+    after: str
+
+    def write(self, name: str, arguments: Any) -> str:
+        """Return a call as a model writes it."""
+        return f"{self.before}{name}{self.middle}{json.dumps(arguments, ensure_ascii=False)}{self.after}"
+
+
+HERMES = CallForm('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
 Tools = Mapping[str, Mapping[str, Any]]  # name of a tool to the JSON schema of its arguments
 Found = tuple[list[ToolCall], int]
 

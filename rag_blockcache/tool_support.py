@@ -1,0 +1,110 @@
+"""What a chat template does with tools, found out by rendering chats that use one."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.request import Message
+from rag_blockcache.tool_call_reader import parse_tool_calls
+from rag_blockcache.tool_calls import HERMES, CallForm
+
+
+@dataclass(frozen=True)
+class ToolSupport:
+    """How a chat template shows tools.
+
+    Attributes:
+        has_tools: Whether it shows which tools there are.
+        has_calls: Whether it shows calls and their results.
+        takes_json: Whether it takes arguments as JSON text, rather than as a mapping.
+        empty: Content of a message that only calls tools.
+        call_form: How a model writes calls of the tools that it is shown.
+    """
+
+    has_tools: bool
+    has_calls: bool
+    takes_json: bool = False
+    empty: str | None = ""
+    call_form: CallForm = HERMES
+
+
+def find_tool_support(render: Callable[..., str]) -> ToolSupport:
+    """Find out what a template does with tools.
+
+    One whose calls we could not read is not used for tools at all, because a model would answer in its way.
+
+    Args:
+        render: Renders messages as the template does, with its options; raises ``InvalidInputError`` where
+            the template refuses them.
+    """
+    probe = _Probe(render)
+    has_tools, is_unreadable = probe.shows_tools(), False
+    for takes_json in (False, True):
+        for empty in ("", None):
+            written = probe.written_call(takes_json, empty)
+            if written and probe.is_read(written):
+                form = probe.call_form(written) if has_tools else None
+                return ToolSupport(has_tools, True, takes_json, empty, form or HERMES)
+            is_unreadable |= bool(written)
+    return ToolSupport(has_tools and not is_unreadable, False)
+
+
+class _Probe:
+    """A chat in which a tool is called, and whose words are known again wherever a template writes them."""
+
+    def __init__(self, render: Callable[..., str]) -> None:
+        self._render = render
+        self.name, self.key, self.value, self.result, self.said = (
+            f"probe{secrets.token_hex(8)}" for _ in range(5)
+        )
+        parameters = {"type": "object", "properties": {self.key: {"type": "string"}}, "required": [self.key]}
+        function = {"name": self.name, "description": "Tells.", "parameters": parameters}
+        self.tools = [{"type": "function", "function": function}]
+        self.asked: list[Message] = [{"role": "user", "content": "What?"}]
+
+    def shows_tools(self) -> bool:
+        try:
+            rendered = self._render(self.asked, tools=self.tools)
+        except InvalidInputError:
+            return False
+        return self.name in rendered and self.key in rendered
+
+    def written_call(self, takes_json: bool, empty: str | None) -> str:
+        """Return the call as the template writes it; empty if the call or its result is lost."""
+        arguments = f'{{"{self.key}": "{self.value}"}}' if takes_json else {self.key: self.value}
+        function = {"name": self.name, "arguments": arguments}
+        calls = [{"type": "function", "id": "probe0001", "function": function}]
+        calling = {"role": "assistant", "content": empty, "tool_calls": calls}
+        result = {"role": "tool", "tool_call_id": "probe0001", "name": self.name, "content": self.result}
+        try:
+            written = self._written(calling)
+            rendered = self._render([*self.asked, calling, result])
+        except InvalidInputError:
+            return ""
+        is_shown = self.name in written and self.value in written and self.result in rendered
+        return written if is_shown else ""
+
+    def is_read(self, written: str) -> bool:
+        """Return whether the call would be found where a model has written it."""
+        _, calls = parse_tool_calls(written, self.tools)
+        return [(call.name, call.arguments) for call in calls] == [(self.name, {self.key: self.value})]
+
+    def call_form(self, written: str) -> CallForm | None:
+        """Return what stands around name and arguments; None if the arguments are not in JSON."""
+        arguments = rf'\{{\s*"{self.key}":\s*"{self.value}"\s*\}}'
+        parts = re.fullmatch(f"(.*?){self.name}(.*?){arguments}(.*)", written, re.DOTALL)
+        return None if parts is None else CallForm(*parts.groups())
+
+    def _written(self, message: Message) -> str:
+        """Return what the template writes for an answer, without the end of the turn."""
+        said: Message = {"role": "assistant", "content": self.said}
+        end = self._render([*self.asked, said], add_generation_prompt=False).partition(self.said)[2]
+        whole = self._render([*self.asked, message], add_generation_prompt=False)
+        start = self._render(self.asked)
+        if not whole.startswith(start):
+            start = self._render(self.asked, add_generation_prompt=False)
+        return whole.removeprefix(start).removesuffix(end)
