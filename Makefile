@@ -16,7 +16,7 @@ PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo examples test check format docs bench constraints clean
+.PHONY: help install demo examples test compatibility check format docs bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ examples: $(STAMP) ## run the other examples
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+compatibility: $(STAMP) ## run the tests of the integrations with the lowest and the newest framework versions
+	$(BIN)/python tests/compatibility.py
 
 check: $(STAMP) ## lint, formatting, types, imports, generated tables, documentation
 	$(BIN)/ruff check
