@@ -17,6 +17,7 @@ from rag_blockcache.cli.archive import export_index, import_index
 from rag_blockcache.cli.ask import ask
 from rag_blockcache.cli.bench import bench
 from rag_blockcache.cli.estimate import estimate
+from rag_blockcache.cli.evaluate import evaluate
 from rag_blockcache.cli.index_and_prefill import index_and_prefill
 from rag_blockcache.cli.maintenance import gc, status, verify
 from rag_blockcache.cli.output import log_to_stderr, print_error, print_note
@@ -129,6 +130,7 @@ _add("status", status, "rag-blockcache status ./kv --json")
 _add("verify", verify, "rag-blockcache verify ./kv --repair")
 _add("gc", gc, "rag-blockcache gc ./kv --dry-run")
 _add("estimate", estimate, "rag-blockcache estimate docs/ --model MODEL --out ./kv")
+_add("eval", evaluate, "rag-blockcache eval --data FILE --model MODEL --report ./report")
 _add("export", export_index, "rag-blockcache export ./kv kv.tar")
 _add("import", import_index, "rag-blockcache import kv.tar ./kv --model MODEL")
 app.add_typer(bench)

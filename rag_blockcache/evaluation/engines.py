@@ -24,7 +24,7 @@ class Engines:
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.plain = BlockCache(model, None, memory_budget_bytes=None, **options)
+        self.plain = _warm(BlockCache(model, None, memory_budget_bytes=None, **options))
         loading = {"tokenizer", "device", "dtype", "adapter"}  # done once
         self._options = {name: value for name, value in options.items() if name not in loading}
         self._by_kind: dict[str, BlockCache] = {FULL_ARM.engine: self.plain}
@@ -33,13 +33,14 @@ class Engines:
         """Return the engine of an arm, opened when it is first asked for."""
         if arm.engine not in self._by_kind:
             kind = BlockCache if arm.moves_keys else UnmovedBlockCache
-            self._by_kind[arm.engine] = kind(
+            opened = kind(
                 self.plain.model.network,
                 None,
                 tokenizer=self.plain.tokenizer,
                 memory_budget_bytes=None,
                 **{**self._options, **arm.options},
             )
+            self._by_kind[arm.engine] = _warm(opened)
         return self._by_kind[arm.engine]
 
     def __enter__(self) -> Engines:
@@ -50,3 +51,10 @@ class Engines:
     ) -> None:
         for engine in self._by_kind.values():
             engine.close()
+
+
+def _warm(cache: BlockCache) -> BlockCache:
+    """Let an engine encode its preamble, so that the first prompts find it as all others do."""
+    cache.first_logits("?", ["?"], policy="block")
+    cache.forget(["?"])
+    return cache
