@@ -59,6 +59,8 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
     The other attributes are those of ``EngineOptions``.
     """
 
+    model_config = EngineOptions.model_config  # not LangChain's, which passes over what it does not know
+
     streaming: bool = False
     api_key: SecretStr | None = None
     timeout: float | None = None
@@ -107,7 +109,9 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request, options = self._prepared(messages, stop, run_manager, kwargs)
-        message = answer_message(ask(self.engine, request, options), self.model_label)
+        message = answer_message(
+            ask(self.engine, request, options), self.model_label, num_calls=_num_calls(kwargs)
+        )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     async def _agenerate(
@@ -118,7 +122,9 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request, options = self._prepared(messages, stop, run_manager, kwargs)
-        message = answer_message(await aask(self.engine, request, options), self.model_label)
+        message = answer_message(
+            await aask(self.engine, request, options), self.model_label, num_calls=_num_calls(kwargs)
+        )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _stream(
@@ -136,7 +142,8 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
                 if run_manager:
                     run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
-        yield ChatGenerationChunk(message=last_chunk(stream.answer, self.model_label))
+        last = last_chunk(stream.answer, self.model_label, num_calls=_num_calls(kwargs))
+        yield ChatGenerationChunk(message=last)
 
     async def _astream(
         self,
@@ -156,14 +163,16 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
                 yield chunk
         finally:
             await stream.aclose()
-        yield ChatGenerationChunk(message=last_chunk(stream.answer, self.model_label))
+        last = last_chunk(stream.answer, self.model_label, num_calls=_num_calls(kwargs))
+        yield ChatGenerationChunk(message=last)
 
     def _prepared(
         self, messages: list[BaseMessage], stop: list[str] | None, run_manager: Any, options: dict[str, Any]
     ) -> tuple[Chat, dict[str, Any]]:
         """Translate a call: what is asked, and the options of the answer."""
         options = dict(options)
-        options.pop("stream", None)  # LangChain's, and obeyed by now
+        for obeyed_elsewhere in ("stream", "parallel_tool_calls"):
+            options.pop(obeyed_elsewhere, None)
         tools = function_tools(options.pop("tools", None))
         request = Chat(
             messages=chat_messages(messages),
@@ -252,6 +261,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         *,
         tool_choice: Any = None,
         strict: bool | None = None,
+        parallel_tool_calls: bool = True,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Let the model call tools.
@@ -263,6 +273,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
                 ``none`` or False lets it call none.
             strict: Make all parameters required, as OpenAI's strict mode does. Calls that are forced follow
                 the schema in any case.
+            parallel_tool_calls: Keep all calls of an answer; otherwise the first.
             **kwargs: Bound as well.
 
         Raises:
@@ -270,6 +281,8 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         """
         functions = function_tools(tools, strict=strict)
         chosen = choice_of_tool(tool_choice, functions)
+        if not parallel_tool_calls:
+            kwargs["parallel_tool_calls"] = False
         return self.bind(tools=functions, tool_choice=chosen, **kwargs)
 
     def with_structured_output(
@@ -318,3 +331,8 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         }
         writer = self.bind(response_format=response_format, ls_structured_output_format=traced, **kwargs)
         return parsed(writer, text_parser(schema), include_raw=include_raw)
+
+
+def _num_calls(options: dict[str, Any]) -> int | None:
+    """Return how many tool calls of an answer are wanted; None for all."""
+    return None if options.get("parallel_tool_calls", True) else 1

@@ -32,6 +32,8 @@ class BlockCacheLLM(EngineOptions, BaseLLM):
     takes ``pipeline_kwargs=``, as ``HuggingFacePipeline`` does. Its attributes are in ``EngineOptions``.
     """
 
+    model_config = EngineOptions.model_config  # not LangChain's, which passes over what it does not know
+
     @classmethod
     def from_model_id(
         cls,

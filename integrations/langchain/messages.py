@@ -63,10 +63,17 @@ def passages(documents: Iterable[str | Document | Passage]) -> list[str | Passag
     return [each if isinstance(each, Passage) else _passage(each) for each in documents if _has_text(each)]
 
 
-def answer_message(answer: Answer, model_name: str) -> AIMessage:
-    """Return an answer as a message with its tool calls, usage and what reuse did for it."""
+def answer_message(answer: Answer, model_name: str, *, num_calls: int | None = None) -> AIMessage:
+    """Return an answer as a message with its tool calls, usage and what reuse did for it.
+
+    Args:
+        answer: Of the engine.
+        model_name: Of the model.
+        num_calls: So many tool calls are kept; None keeps all.
+    """
     calls = [
-        tool_call(name=each.name, args=each.arguments, id=each.tool_call_id) for each in answer.tool_calls
+        tool_call(name=each.name, args=each.arguments, id=each.tool_call_id)
+        for each in answer.tool_calls[:num_calls]
     ]
     return AIMessage(
         answer.text,
@@ -76,8 +83,8 @@ def answer_message(answer: Answer, model_name: str) -> AIMessage:
     )
 
 
-def last_chunk(answer: Answer | None, model_name: str) -> AIMessageChunk:
-    """Return what ends the stream of an answer whose text was sent before."""
+def last_chunk(answer: Answer | None, model_name: str, *, num_calls: int | None = None) -> AIMessageChunk:
+    """Return what ends the stream of an answer whose text was sent before; see ``answer_message``."""
     assert answer is not None  # its stream was read to the end
     calls = [
         tool_call_chunk(
@@ -86,7 +93,7 @@ def last_chunk(answer: Answer | None, model_name: str) -> AIMessageChunk:
             id=each.tool_call_id,
             index=index,
         )
-        for index, each in enumerate(answer.tool_calls)
+        for index, each in enumerate(answer.tool_calls[:num_calls])
     ]
     return AIMessageChunk(
         content="",

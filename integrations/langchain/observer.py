@@ -26,21 +26,27 @@ _last_found: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 
 
 class RetrievalObserver(BaseCallbackHandler):
-    """Notes what retrievers return, for one run of a chain, and for the task or thread that it runs in."""
+    """Notes what retrievers return within one run.
+
+    Attributes:
+        texts: What they returned so far.
+        caller: The task or thread that began the run.
+    """
 
     ignore_agent = ignore_chain = ignore_chat_model = ignore_custom_event = ignore_llm = ignore_retry = True
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self._caller = _caller()
+        self.caller = _caller()
 
     def on_retriever_end(
         self, documents: Sequence[Document], *, run_id: UUID, parent_run_id: UUID | None = None, **_: Any
     ) -> None:
-        """Note the texts of documents."""
-        self.texts += [document.page_content for document in documents]
+        """Note the texts of documents, also as they stand in a list that was put into a prompt as it is."""
+        for text in (document.page_content for document in documents):
+            self.texts += dict.fromkeys([text, repr(text)[1:-1]])
         if parent_run_id is None:
-            _last_found[self._caller] = self.texts
+            _last_found[self.caller] = self.texts
 
 
 class _OnePerRun(BaseCallbackHandler):
@@ -79,9 +85,10 @@ def found_texts(run_manager: Any) -> list[str]:
         run_manager: Of the call; None where LangChain hands none over, as when it streams.
     """
     holder = run_manager or ensure_config().get("callbacks")
-    handlers = getattr(holder, "handlers", ())
-    texts = [text for each in handlers if isinstance(each, RetrievalObserver) for text in each.texts]
-    return [*texts, *_last_found.get(_caller(), ())]
+    observers = [each for each in getattr(holder, "handlers", ()) if isinstance(each, RetrievalObserver)]
+    callers = [each.caller for each in observers] or [_caller()]
+    texts = [text for each in observers for text in each.texts]
+    return texts + [text for caller in callers for text in _last_found.get(caller, ())]
 
 
 def _caller() -> Any:
