@@ -64,7 +64,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = {(row["flow"], row["variant"]): f"{row['num_reused']} of {row['num_passages']}" for row in rows}
     flows, variants = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     lines = [["flow", *variants], ["---", *["---:"] * len(variants)]]
-    lines += [[flow, *(cells.get((flow, variant), "–") for variant in variants)] for flow in flows]
+    lines += [[flow, *(cells.get((flow, variant), "-") for variant in variants)] for flow in flows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -90,6 +90,10 @@ class BlockCacheLLM(SchemaLLM):
     device_map: Any = Field(default=None, description="HuggingFaceLLM's name of device.")
     dtype: Any = Field(default=None, description="Such as bfloat16; None keeps that of the model's files.")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="May hold dtype.")
+    tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict, description="May hold max_length.")
+    tokenizer_outputs_to_remove: list[str] = Field(
+        default_factory=list, description="Of no effect: the model gets token ids and nothing else."
+    )
     adapter: str | None = Field(default=None, description="A PEFT adapter to load into the model.")
     policy: str = Field(default="auto", description="How blocks are reused; see BlockCache.answer.")
     passage_format: Any = Field(default="verbatim", description="How documents are shown; see BlockCache.")
@@ -118,12 +122,11 @@ class BlockCacheLLM(SchemaLLM):
     def _as_name(cls, path: Any) -> Any:
         return str(path) if isinstance(path, Path) else path
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Make a handle on the engine; nothing is loaded yet."""
-        super().model_post_init(context)
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
         if self.model is None and not self.model_name:
             raise InvalidInputError("no model is named; pass model_name=, or model= with tokenizer=")
-        loading = loading_options(self.device_map, self.model_kwargs)
+        loading = loading_options(self.device_map, self.model_kwargs, self.tokenizer_kwargs)
         own = {"device": self.device, "dtype": self.dtype}
         self._engine = SharedCache(
             self.model_name if self.model is None else self.model,

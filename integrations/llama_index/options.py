@@ -14,22 +14,26 @@ _ALIASES = {"stop": "stop_strings", "max_tokens": "max_new_tokens"}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
-def loading_options(device_map: Any, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def loading_options(
+    device_map: Any, model_kwargs: Mapping[str, Any], tokenizer_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return ``device`` and ``dtype`` from the arguments that ``HuggingFaceLLM`` has for them.
 
     Args:
         device_map: Name of a device, or ``"auto"``.
         model_kwargs: May hold ``dtype``, or its older name ``torch_dtype``.
+        tokenizer_kwargs: May hold ``max_length``, which changes nothing here: no prompt is cut.
 
     Raises:
         InvalidInputError: If there is more to loading the model.
     """
     others = dict(model_kwargs)
     dtypes = [others.pop(name) for name in ("dtype", "torch_dtype") if name in others]
+    others |= {name: value for name, value in tokenizer_kwargs.items() if name != "max_length"}
     if others or not isinstance(device_map, str | None):
         raise InvalidInputError(
-            f"got device_map {device_map!r} and model_kwargs {sorted(others)}; only one device and a dtype "
-            "are chosen here, so load the model with transformers, and pass model= and tokenizer="
+            f"got device_map {device_map!r}, and {sorted(others)} for model and tokenizer; only one device "
+            "and a dtype are chosen here, so load the model with transformers, and pass model= and tokenizer="
         )
     return {"device": device_map, "dtype": dtypes[0] if dtypes else None}
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from llama_index.core import Settings
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
 from llama_index.core.indices.prompt_helper import (
     DEFAULT_CHUNK_OVERLAP_RATIO,
@@ -15,12 +16,17 @@ from llama_index.core.indices.prompt_helper import (
 )
 from llama_index.core.llms.llm import LLM
 from llama_index.core.node_parser import TokenTextSplitter
-from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate  # noqa: F401  # for the example
 from llama_index.core.tools import BaseTool
+from llama_index.core.utilities.token_counting import TokenCounter
+from pydantic import PrivateAttr
 
 from rag_blockcache import SharedCache
 
 _SEPARATOR = "\n\n"  # LlamaIndex puts it between passages
+_MAX_CHARACTERS = 2**22  # of texts whose count is remembered
+_MAX_PACKS = 256
+_NUM_MESSAGE_TOKENS = 3  # what LlamaIndex counts for the frame of a message
 
 
 class ModelTokenizer:
@@ -50,8 +56,35 @@ class ModelTokenizer:
         return len(self(str(rendered)))
 
 
+class _Counter(TokenCounter):
+    """Counts each text once, and messages without the thread that LlamaIndex starts to count them."""
+
+    def __init__(self, tokenizer: Callable[[str], list[Any]] | None = None) -> None:
+        super().__init__(tokenizer)
+        self._known: dict[str, int] = {}
+        self._num_characters = 0
+
+    def get_string_tokens(self, string: str) -> int:
+        """Count the tokens of a text; passages come again and again."""
+        num_tokens = self._known.get(string)
+        if num_tokens is None:
+            num_tokens = len(self.tokenizer(string))
+            if self._num_characters > _MAX_CHARACTERS:
+                self._known, self._num_characters = {}, 0
+            self._known[string] = num_tokens
+            self._num_characters += len(string)
+        return num_tokens
+
+    def estimate_tokens_in_messages(self, messages: list[ChatMessage]) -> int:
+        """Count the tokens of messages; those with more than text in them are left to LlamaIndex."""
+        if any(message.content is None or message.additional_kwargs for message in messages):
+            return super().estimate_tokens_in_messages(messages)
+        texts = [f"{message.role.value}{message.content}" for message in messages]
+        return sum(self.get_string_tokens(text) + _NUM_MESSAGE_TOKENS for text in texts)
+
+
 class BlockPromptHelper(PromptHelper):
-    """A prompt helper that never cuts a passage which fits, so that its block can be reused.
+    r"""A prompt helper that never cuts a passage which fits, so that its block can be reused.
 
     What LlamaIndex's own helper puts into one prompt stands in one prompt here, to the letter. Where there is
     more than fits, LlamaIndex joins the passages and cuts them by tokens; here every prompt has whole ones,
@@ -66,10 +99,12 @@ class BlockPromptHelper(PromptHelper):
         separator: As in ``PromptHelper``.
 
     Example:
-        >>> helper = BlockPromptHelper(context_window=60, num_output=10, tokenizer=str.split)
-        >>> helper.repack(PromptTemplate("{context_str}"), ["a " * 30, "b " * 30])
-        ['a a a', 'b']
+        >>> helper = BlockPromptHelper(context_window=20, num_output=10, tokenizer=str.split)
+        >>> helper.repack(PromptTemplate("{context_str}"), ["Ada wrote it.", "Charles built it", "and paid."])
+        ['Ada wrote it.', 'Charles built it\n\nand paid.']
     """
+
+    _packs: dict[str, Sequence[str]] = PrivateAttr(default_factory=dict)
 
     def __init__(
         self,
@@ -88,6 +123,7 @@ class BlockPromptHelper(PromptHelper):
             tokenizer,
             separator,
         )
+        self._token_counter = _Counter(tokenizer)
         chosen = {"context_window": context_window, "num_output": num_output}
         self.model_fields_set.difference_update(name for name, value in chosen.items() if value is None)
 
@@ -121,21 +157,32 @@ class BlockPromptHelper(PromptHelper):
     ) -> list[str]:
         """Join as many passages as fit into one prompt, in their order, each of them whole."""
         splitter = self.get_text_splitter_given_prompt(prompt, padding=padding, llm=llm, tools=tools)
+        texts = [text for chunk in text_chunks for text in self._packs.get(chunk, (chunk.strip(),)) if text]
         count = self._token_counter.get_string_tokens
+        between = count(_SEPARATOR)
         packs: list[list[str]] = []
         room = 0
-        for text in filter(None, (chunk.strip() for chunk in text_chunks)):
-            num_tokens = count(text) + count(_SEPARATOR)
-            if num_tokens > splitter.chunk_size + count(_SEPARATOR):
+        for text in texts:
+            num_tokens = count(text)
+            if num_tokens > splitter.chunk_size:
                 packs += [[piece] for piece in splitter.split_text(text)]
                 room = 0
-            elif num_tokens <= room:
+            elif num_tokens + between <= room:
                 packs[-1].append(text)
-                room -= num_tokens
+                room -= num_tokens + between
             else:
                 packs.append([text])
                 room = splitter.chunk_size - num_tokens
-        return [_SEPARATOR.join(pack) for pack in packs] or [""]
+        return [self._joined(pack) for pack in packs] or [""]
+
+    def _joined(self, pack: Sequence[str]) -> str:
+        """Join the passages of a pack, and remember them: it comes again with less room, to be refined."""
+        joined = _SEPARATOR.join(pack)
+        if len(pack) > 1:
+            if len(self._packs) >= _MAX_PACKS:
+                self._packs.clear()
+            self._packs[joined] = pack
+        return joined
 
     def _following(self, llm: LLM) -> BlockPromptHelper:
         """Return this helper with the window of an LLM, unless one was chosen."""

@@ -33,7 +33,7 @@ def chat_response(answer: Answer, *, num_calls: int | None = None) -> ChatRespon
         answer: What the engine gave.
         num_calls: How many calls of tools to pass on; None for all.
     """
-    calls = getattr(answer,"tool_calls",())[:num_calls]
+    calls = answer.tool_calls[:num_calls]
     blocks: list[Any] = [TextBlock(text=answer.text)] if answer.text or not calls else []
     blocks += [
         ToolCallBlock(tool_call_id=call.tool_call_id, tool_name=call.name, tool_kwargs=call.arguments)
