@@ -145,6 +145,7 @@ def test_removing_passages_takes_them_out_of_every_document(manifest):
     assert manifest.remove_passages(["b"]) == Released(frozenset("b"), frozenset({"block-b"}))
     assert (manifest.passages_of("d"), manifest.passages_of("e")) == (["a", "c"], [])
     assert manifest.documents_of("b") == []
+    assert manifest.counts().num_documents == 2  # files stay, empty or not; what stood for b alone is gone
     assert set(states(manifest)) == {"a", "c"}
 
 

@@ -376,6 +376,21 @@ def test_another_model_or_format_is_refused_and_nothing_is_changed(
     assert len(index) == 1
 
 
+def test_what_was_interrupted_is_not_settled_by_another_model(index, directory, tiny_model, tiny_tokenizer):
+    index.add([named(ADA, "a")])
+    with closing(sqlite3.connect(directory / "manifest.sqlite")) as connection, connection:
+        connection.execute("UPDATE passages SET is_embedded = 0")
+    options = {"tokenizer": tiny_tokenizer, "passage_format": "verbatim", "salt": "other"}
+    with (
+        BlockCache(tiny_model, directory, **options) as other,
+        PrefilledIndex(directory, cache=other, embedder=embed) as second,
+        pytest.raises(IndexMismatchError),
+    ):
+        second.add([BOB])
+    with closing(Manifest(directory)) as manifest:
+        assert manifest.unfinished_passages() == ["a"]
+
+
 def test_a_cache_that_keeps_its_blocks_elsewhere_is_refused(tiny_model, tiny_tokenizer, directory, tmp_path):
     for place, message in ((None, "in memory only"), (tmp_path / "elsewhere", "elsewhere")):
         with (

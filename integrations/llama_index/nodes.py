@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llama_index.core.node_parser.text.sentence_window import DEFAULT_WINDOW_METADATA_KEY
-from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, RelatedNodeInfo, TextNode
+from llama_index.core.schema import (
+    BaseNode,
+    ImageNode,
+    IndexNode,
+    MetadataMode,
+    NodeRelationship,
+    RelatedNodeInfo,
+    TextNode,
+)
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 
 from rag_blockcache import Passage
@@ -44,6 +52,11 @@ def as_node(passage: Passage) -> BaseNode:
 def source_of(node: BaseNode) -> str:
     """Return the document that a node goes with: the one it came from, or itself."""
     return node.ref_doc_id or node.node_id
+
+
+def is_kept_by_index(passage: Passage) -> bool:
+    """Return whether a ``VectorStoreIndex`` keeps the node of a passage itself, whatever the store keeps."""
+    return passage.metadata.get("_node_type") in (ImageNode.class_name(), IndexNode.class_name())
 
 
 def other_forms(passage: Passage) -> list[str]:

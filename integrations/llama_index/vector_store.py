@@ -25,7 +25,7 @@ from rag_blockcache.prefilled_index import PrefilledIndex
 from rag_blockcache.retriever import SearchResult
 
 from .metadata_filters import Condition, as_condition
-from .nodes import NODE_KEY, as_node, as_passage, other_forms, source_of
+from .nodes import NODE_KEY, as_node, as_passage, is_kept_by_index, other_forms, source_of
 
 _PASSED_ON = (
     "tokenizer",
@@ -223,8 +223,18 @@ class BlockCacheVectorStore(BasePydanticVectorStore):
 
     def _search(self, query: VectorStoreQuery, k: int) -> list[SearchResult]:
         return self.index.search(
-            np.asarray(query.query_embedding), k, where=_condition(query), among=query.node_ids
+            np.asarray(query.query_embedding), k, where=_condition(query), among=self._among(query.node_ids)
         )
+
+    def _among(self, node_ids: list[str] | None) -> list[str] | None:
+        """Return the nodes to compare, None for all.
+
+        ``VectorStoreIndex`` sends the ids of all nodes that it has in its own document store along with every
+        query. Of a store that keeps texts these are the index nodes and images, or none: no restriction.
+        """
+        if not node_ids or all(is_kept_by_index(passage) for passage in self.index.get(node_ids)):
+            return None
+        return node_ids
 
     def _most_diverse(
         self,
@@ -286,7 +296,7 @@ class BlockCacheVectorStore(BasePydanticVectorStore):
 def _condition(query: VectorStoreQuery) -> Condition | None:
     """Return what a query asks of metadata, None for nothing."""
     asked = None if query.filters is None else as_condition(query.filters)
-    if query.doc_ids is None:
+    if not query.doc_ids:
         return asked
     doc_ids = set(query.doc_ids)
     return lambda metadata: metadata.get("ref_doc_id") in doc_ids and (asked is None or asked(metadata))
