@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,7 @@ def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> An
         )
         _measure_all(run, fitting, _batch_limits(options, engines), progress or (lambda *_: None))
         found = None if text is None else text_perplexity(engines.plain.model, text)
-        environment = Environment.of(engines.plain.model, options.adapter or options.model)
+        environment = _environment(options, engines)
     return summarize(
         [example for example, _ in fitting.values()],
         arms,
@@ -125,6 +126,13 @@ def _engines(options: EvaluationOptions) -> Engines:
         passage_format=options.passage_format,
         preamble=options.preamble,
     )
+
+
+def _environment(options: EvaluationOptions, engines: Engines) -> Environment:
+    where = Environment.of(engines.plain.model, options.model)
+    if options.adapter is None:
+        return where
+    return dataclasses.replace(where, model=f"{where.model} with {Path(options.adapter).name}")
 
 
 def _settings(options: EvaluationOptions, engines: Engines) -> dict[str, Any]:
