@@ -7,7 +7,6 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -97,11 +96,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.is_plain = tokenizer.chat_template is None
         self.strips_messages = not self.is_plain and self._strips_messages()
+        self._tool_supports: dict[bool, ToolSupport] = {}
 
     @property
     def call_form(self) -> CallForm:
         """How a model writes calls of tools that were shown to it."""
-        return HERMES if self.is_plain else self._tool_support.call_form
+        return HERMES if self.is_plain else self._tool_support(with_tools=True).call_form
 
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), **options: Any
@@ -142,7 +142,7 @@ class ChatTemplate:
         if not tools and not uses_tools(messages):
             yield with_content(messages), []
             return
-        support = self._tool_support
+        support = self._tool_support(with_tools=bool(tools))
         native = list(tools) if support.has_tools else []
         described = messages if native else with_tools_shown(messages, tools)
         if support.has_calls:
@@ -151,9 +151,10 @@ class ChatTemplate:
                 yield fitted(chat, takes_json=support.takes_json, empty=support.empty), native
         yield with_calls_as_text(described), native
 
-    @cached_property
-    def _tool_support(self) -> ToolSupport:
-        return find_tool_support(self._apply)
+    def _tool_support(self, *, with_tools: bool) -> ToolSupport:
+        if with_tools not in self._tool_supports:
+            self._tool_supports[with_tools] = find_tool_support(self._apply, with_tools=with_tools)
+        return self._tool_supports[with_tools]
 
     @staticmethod
     def _check_shown(messages: Sequence[Message], rendered: str) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from rag_blockcache.chat_template import ChatTemplate
 from rag_blockcache.errors import InvalidInputError, MissingDependencyError
 from rag_blockcache.grammar import grammar
 from rag_blockcache.json_schema import Schema, closed, without_patterns
-from rag_blockcache.tool_calls import HERMES, schemas_of
+from rag_blockcache.tool_calls import schemas_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -70,7 +71,7 @@ def constraint(
     text = grammar(
         None if answer is None else vocabulary.followed(answer),
         {name: vocabulary.followed(schema or {"properties": {}}) for name, schema in called.items()},
-        HERMES,
+        vocabulary.call_form,
         vocabulary.special,
         is_space_first=vocabulary.is_space_first,
     )
@@ -173,6 +174,7 @@ class _Vocabulary:
             ) from error
         added = tokenizer.added_tokens_decoder
         self.special = {token.content: index for index, token in added.items() if token.special}
+        self.call_form = ChatTemplate(tokenizer).call_form
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids[:1])
         self.is_space_first = first[0].startswith("\u2581")
         self.matcher = lru_cache(maxsize=64)(self._compile)

@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.request import Message
@@ -32,7 +33,7 @@ class ToolSupport:
     call_form: CallForm = HERMES
 
 
-def find_tool_support(render: Callable[..., str]) -> ToolSupport:
+def find_tool_support(render: Callable[..., str], *, with_tools: bool) -> ToolSupport:
     """Find out what a template does with tools.
 
     One whose calls we could not read is not used for tools at all, because a model would answer in its way.
@@ -40,8 +41,9 @@ def find_tool_support(render: Callable[..., str]) -> ToolSupport:
     Args:
         render: Renders messages as the template does, with its options; raises ``InvalidInputError`` where
             the template refuses them.
+        with_tools: Whether tools are handed to the template, as some have another one for that case.
     """
-    probe = _Probe(render)
+    probe = _Probe(render, with_tools)
     has_tools, is_unreadable = probe.shows_tools(), False
     for takes_json in (False, True):
         for empty in ("", None):
@@ -56,8 +58,7 @@ def find_tool_support(render: Callable[..., str]) -> ToolSupport:
 class _Probe:
     """A chat in which a tool is called, and whose words are known again wherever a template writes them."""
 
-    def __init__(self, render: Callable[..., str]) -> None:
-        self._render = render
+    def __init__(self, render: Callable[..., str], with_tools: bool) -> None:
         self.name, self.key, self.value, self.result, self.said = (
             f"probe{secrets.token_hex(8)}" for _ in range(5)
         )
@@ -65,10 +66,11 @@ class _Probe:
         function = {"name": self.name, "description": "Tells.", "parameters": parameters}
         self.tools = [{"type": "function", "function": function}]
         self.asked: list[Message] = [{"role": "user", "content": "What?"}]
+        self._render = partial(render, tools=self.tools) if with_tools else render
 
     def shows_tools(self) -> bool:
         try:
-            rendered = self._render(self.asked, tools=self.tools)
+            rendered = self._render(self.asked)
         except InvalidInputError:
             return False
         return self.name in rendered and self.key in rendered
@@ -95,8 +97,10 @@ class _Probe:
 
     def call_form(self, written: str) -> CallForm | None:
         """Return what stands around name and arguments; None if the arguments are not in JSON."""
+        text, _ = parse_tool_calls(written, self.tools)  # in front of the call: the role, an empty thought
         arguments = rf'\{{\s*"{self.key}":\s*"{self.value}"\s*\}}'
-        parts = re.fullmatch(f"(.*?){self.name}(.*?){arguments}(.*)", written, re.DOTALL)
+        form = rf"\s*{re.escape(text)}\s*(.*?){self.name}(.*?){arguments}(.*)"
+        parts = re.fullmatch(form, written, re.DOTALL)
         return None if parts is None else CallForm(*parts.groups())
 
     def _written(self, message: Message) -> str:
