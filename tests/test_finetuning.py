@@ -20,9 +20,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from rag_blockcache import BlockCache
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.finetuning import mask
+from rag_blockcache.finetuning import finetune, mask
 from rag_blockcache.finetuning.examples import QuestionExample
-from rag_blockcache.finetuning.finetune import finetune
 from rag_blockcache.finetuning.mask import Masks
 from rag_blockcache.finetuning.network import choose_attention
 from rag_blockcache.finetuning.packing import IGNORED, Row, collate
@@ -264,7 +263,7 @@ def test_a_folder_of_another_run_or_of_none_is_refused(folder, tmp_path):
 _KILLED = """
 import os, signal, sys
 from rag_blockcache.finetuning import trainer
-from rag_blockcache.finetuning.finetune import finetune
+from rag_blockcache.finetuning import finetune
 from rag_blockcache.finetuning.recipe import Recipe
 
 seen = 0
@@ -406,6 +405,19 @@ def test_the_command_without_the_rest_of_the_command_line(folder, tmp_path):
     wrong = subprocess.run([*command, "--balance", "3"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "balance is 3.0; it lies between 0 and 1" in wrong.stderr
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it():
+    for library in ("peft", "accelerate", "matplotlib"):
+        program = (
+            f"import sys; sys.modules[{library!r}] = None\n"
+            "from rag_blockcache.finetuning import Recipe\n"
+            "Recipe(model='m', out='o', data=['d'])\n"
+            "from rag_blockcache.finetuning import finetune"
+        )
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert f"fine-tuning needs {library}" in ended.stderr, ended.stderr[-1000:]
+        assert "pip install 'rag_blockcache[finetune]'" in ended.stderr
 
 
 def test_training_needs_neither_the_command_line_nor_the_index():

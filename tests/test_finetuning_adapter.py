@@ -15,7 +15,7 @@ from test_finetuning import folder, recipe_in  # noqa: F401 - a fixture
 
 from rag_blockcache import BlockCache, Passage
 from rag_blockcache.errors import InvalidInputError, ModelNotFoundError
-from rag_blockcache.finetuning.finetune import finetune
+from rag_blockcache.finetuning import finetune
 from rag_blockcache.loading import load_model
 from rag_blockcache.training_record import RECORD_FILE, TrainingRecord, weights_fingerprint
 

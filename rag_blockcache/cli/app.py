@@ -18,6 +18,7 @@ from rag_blockcache.cli.ask import ask
 from rag_blockcache.cli.bench import bench
 from rag_blockcache.cli.estimate import estimate
 from rag_blockcache.cli.evaluate import evaluate
+from rag_blockcache.cli.finetune import finetune
 from rag_blockcache.cli.index_and_prefill import index_and_prefill
 from rag_blockcache.cli.maintenance import gc, status, verify
 from rag_blockcache.cli.output import log_to_stderr, print_error, print_note
@@ -25,7 +26,7 @@ from rag_blockcache.errors import RagBlockCacheError
 
 _EXIT_BAD_INPUT = 2
 _EXIT_INTERRUPTED = 130
-_RESUMABLE = {"index-and-prefill", "verify", "gc", "import"}
+_RESUMABLE = {"index-and-prefill", "verify", "gc", "import", "finetune"}
 
 
 class _Commands(TyperGroup):
@@ -133,6 +134,11 @@ _add("estimate", estimate, "rag-blockcache estimate docs/ --model MODEL --out ./
 _add("eval", evaluate, "rag-blockcache eval --data FILE --model MODEL --report ./report")
 _add("export", export_index, "rag-blockcache export ./kv kv.tar")
 _add("import", import_index, "rag-blockcache import kv.tar ./kv --model MODEL")
+_add(
+    "finetune",
+    finetune,
+    "rag-blockcache finetune --model MODEL --data train.jsonl --eval-data dev.jsonl --out ./adapter",
+)
 app.add_typer(bench)
 
 

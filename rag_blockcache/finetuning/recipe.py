@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rag_blockcache.errors import InvalidInputError
 
@@ -81,6 +81,11 @@ class Recipe:
             if not getattr(self, name):
                 raise InvalidInputError(
                     f"--{name} is missing; say what to train, on what, and where to put it"
+                )
+        for name, kind in get_type_hints(Recipe).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise InvalidInputError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}"
                 )
         for name in ("steps", "row_tokens", "rows_per_step", "min_passages", "eval_every", "eval_samples",
                      "log_every", "save_every", "workers"):  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import pickle
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,8 +117,9 @@ class _Source:
             yield from ((draw, make(draw)) for draw in order)
             return
         chunks = iter(lambda: list(itertools.islice(order, _CHUNK)), [])
+        packed = pickle.dumps(self)  # once, and not once for each process
         with ProcessPoolExecutor(
-            self.recipe.workers, multiprocessing.get_context("spawn"), _start_worker, (self,)
+            self.recipe.workers, multiprocessing.get_context("spawn"), _start_worker, (packed,)
         ) as pool:
             ahead: deque[tuple[list[Draw], Future[list[list[Sample | None]]]]] = deque()
             try:
@@ -149,9 +151,9 @@ class _Make:
 _make: _Make | None = None  # of this process, if it is a worker
 
 
-def _start_worker(source: _Source) -> None:
+def _start_worker(packed: bytes) -> None:
     global _make
-    _make = _Make(source)
+    _make = _Make(pickle.loads(packed))
 
 
 def _make_chunk(chunk: Sequence[Draw]) -> list[list[Sample | None]]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
@@ -99,10 +98,8 @@ class BlockTrainer(Trainer):
 
     @torch.no_grad()
     def _teacher_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        inner: Any = self.accelerator.unwrap_model(model)
-        without = contextlib.nullcontext() if self._teaches_itself else inner.disable_adapter()
-        assert self._teaches_itself or isinstance(inner, PeftModel)
-        with without:
+        network: Any = self.accelerator.unwrap_model(model)
+        with contextlib.nullcontext() if self._teaches_itself else network.disable_adapter():
             return answer_logits(model, inputs, self._masks, full=True)
 
     def _note(self, inputs: dict[str, Any], losses: Tensor) -> None:
