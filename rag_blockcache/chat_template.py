@@ -129,7 +129,7 @@ class ChatTemplate:
             for arranged in arrangements(chat):
                 try:
                     rendered = self._apply(arranged, tools=shown or None, **options)
-                    self._check_shown(messages, rendered)
+                    self._check_shown(chat, rendered)
                     return rendered
                 except InvalidInputError as error:
                     refusals.append(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,11 +44,13 @@ def find_tool_support(render: Callable[..., str], *, with_tools: bool) -> ToolSu
         with_tools: Whether tools are handed to the template, as some have another one for that case.
     """
     probe = _Probe(render, with_tools)
-    has_tools, is_unreadable = probe.shows_tools(), False
+    has_tools, is_unreadable = probe.shows_tools([]), False
     for takes_json in (False, True):
         for empty in ("", None):
-            written = probe.written_call(takes_json, empty)
+            use = probe.use(takes_json, empty)
+            written = probe.written_call(use)
             if written and probe.is_read(written):
+                has_tools = has_tools and probe.shows_tools(use)
                 form = probe.call_form(written) if has_tools else None
                 return ToolSupport(has_tools, True, takes_json, empty, form or HERMES)
             is_unreadable |= bool(written)
@@ -59,32 +61,41 @@ class _Probe:
     """A chat in which a tool is called, and whose words are known again wherever a template writes them."""
 
     def __init__(self, render: Callable[..., str], with_tools: bool) -> None:
-        self.name, self.key, self.value, self.result, self.said = (
-            f"probe{secrets.token_hex(8)}" for _ in range(5)
+        self.name, self.other, self.key, self.value, self.result, self.said = (
+            f"probe{secrets.token_hex(8)}" for _ in range(6)
         )
         parameters = {"type": "object", "properties": {self.key: {"type": "string"}}, "required": [self.key]}
-        function = {"name": self.name, "description": "Tells.", "parameters": parameters}
-        self.tools = [{"type": "function", "function": function}]
+        self.tools = [
+            {
+                "type": "function",
+                "function": {"name": name, "description": "Tells.", "parameters": parameters},
+            }
+            for name in (self.name, self.other)
+        ]
         self.asked: list[Message] = [{"role": "user", "content": "What?"}]
         self._render = partial(render, tools=self.tools) if with_tools else render
 
-    def shows_tools(self) -> bool:
+    def shows_tools(self, behind: Sequence[Message]) -> bool:
         try:
-            rendered = self._render(self.asked)
+            rendered = self._render([*self.asked, *behind])
         except InvalidInputError:
             return False
-        return self.name in rendered and self.key in rendered
+        return self.name in rendered and self.other in rendered and self.key in rendered
 
-    def written_call(self, takes_json: bool, empty: str | None) -> str:
-        """Return the call as the template writes it; empty if the call or its result is lost."""
+    def use(self, takes_json: bool, empty: str | None) -> list[Message]:
+        """Return a call of one of the tools, and its result."""
         arguments = f'{{"{self.key}": "{self.value}"}}' if takes_json else {self.key: self.value}
         function = {"name": self.name, "arguments": arguments}
         calls = [{"type": "function", "id": "probe0001", "function": function}]
-        calling = {"role": "assistant", "content": empty, "tool_calls": calls}
-        result = {"role": "tool", "tool_call_id": "probe0001", "name": self.name, "content": self.result}
+        return [
+            {"role": "assistant", "content": empty, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "probe0001", "name": self.name, "content": self.result},
+        ]
+
+    def written_call(self, use: Sequence[Message]) -> str:
+        """Return the call as the template writes it; empty if the call or its result is lost."""
         try:
-            written = self._written(calling)
-            rendered = self._render([*self.asked, calling, result])
+            written, rendered = self._written(use[0]), self._render([*self.asked, *use])
         except InvalidInputError:
             return ""
         is_shown = self.name in written and self.value in written and self.result in rendered
