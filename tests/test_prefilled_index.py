@@ -138,6 +138,18 @@ def test_adding_the_same_again_changes_nothing(index, directory, cache):
     assert_whole(directory, cache)
 
 
+def test_of_two_passages_with_one_name_in_one_call_the_last_counts(index, directory, cache):
+    passages = [named(ADA, "a"), named(BOB, "b"), named(CAT, "a")]
+    vectors = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert index.add(passages, embeddings=vectors, source_ids=["x", "y", "z"]) == ["a", "b", "a"]
+    assert index.get(["a"])[0].text == index.search([0, 0, 1], k=1)[0].passage.text == CAT
+    assert stored(cache, ADA, BOB, CAT) == [False, True, True]
+    assert index.delete_source("x") == 0
+    assert index.delete_source("z") == 1
+    assert list(index) == ["b"]
+    assert_whole(directory, cache)
+
+
 def test_nothing_added_is_nothing_done(index, directory):
     assert index.add([]) == []
     assert not (directory / "manifest.sqlite").exists()
