@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
@@ -67,7 +68,7 @@ def constraint(
         return None
     answer = response_schema if tool_choice in _FREE else None
     called = _called(schemas_of(tools), tool_choice)
-    vocabulary = _vocabulary(tokenizer, tuple(eos_token_ids))
+    vocabulary = _vocabulary(tokenizer, tuple(sorted(set(eos_token_ids))))
     text = grammar(
         None if answer is None else vocabulary.followed(answer),
         {name: vocabulary.followed(schema or {"properties": {}}) for name, schema in called.items()},
@@ -107,12 +108,12 @@ class Constraint(LogitsProcessor):
         num_rows, vocab_size = scores.shape
         allowed = np.ones((num_rows, vocab_size), dtype=np.bool_)
         for index, token_ids in enumerate(input_ids[:, self._prompt_width :].tolist()):
-            matcher = self.matchers[
-                index * len(self.matchers) // num_rows
-            ]  # beams of a prompt are neighbours
-            if matcher is not None:
-                row = self._rows.setdefault(index, _Row(matcher.deep_copy()))
-                row.restrict(allowed[index], token_ids)
+            prompt = index * len(self.matchers) // num_rows  # of which there may be several beams
+            if (matcher := self.matchers[prompt]) is None:
+                continue
+            if index not in self._rows:
+                self._rows[index] = _Row(matcher.deep_copy())
+            self._rows[index].restrict(allowed[index], token_ids)
         return _restricted(scores, torch.from_numpy(allowed).to(scores.device))
 
 
@@ -123,11 +124,16 @@ class _Row:
         self._matcher = matcher
         self._followed: list[int] = []
 
-    def restrict(self, allowed: np.ndarray[Any, np.dtype[np.bool_]], token_ids: Sequence[int]) -> None:
+    def restrict(self, allowed: NDArray[np.bool_], token_ids: Sequence[int]) -> None:
         """Mark which tokens may come after these."""
         if not self._follow(token_ids):
             return  # behind a guess that is wrong, and will be given up
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise InvalidInputError(
+                f"the answer cannot be kept to its schema any further: {reason}; simplify the schema"
+            )
         allowed[:] = np.unpackbits(mask, bitorder="little", count=len(allowed))
 
     def _follow(self, token_ids: Sequence[int]) -> bool:
@@ -165,8 +171,9 @@ class _Vocabulary:
                 "run `pip install 'rag_blockcache[structured]'`"
             ) from error
         self._llguidance = llguidance
+        ends = list(eos_token_ids) or None
         try:
-            self._tokens: LLTokenizer = from_tokenizer(tokenizer, eos_token=list(eos_token_ids) or None)  # type: ignore[arg-type]
+            self._tokens: LLTokenizer = from_tokenizer(tokenizer, eos_token=ends)  # type: ignore[arg-type]
         except ValueError as error:
             raise InvalidInputError(
                 f"schemas and forced calls of tools do not work with this tokenizer, a "
@@ -176,7 +183,7 @@ class _Vocabulary:
         self.special = {token.content: index for index, token in added.items() if token.special}
         self.call_form = ChatTemplate(tokenizer).call_form
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids[:1])
-        self.is_space_first = first[0].startswith("\u2581")
+        self.is_space_first = bool(first) and first[0].startswith("\u2581")
         self.matcher = lru_cache(maxsize=64)(self._compile)
 
     def followed(self, schema: Schema) -> Schema:
@@ -203,8 +210,7 @@ class _Vocabulary:
 
 
 _lock = threading.Lock()
-_vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], _Vocabulary]]
-_vocabularies = WeakKeyDictionary()
+_vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], _Vocabulary]] = WeakKeyDictionary()
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> _Vocabulary:
