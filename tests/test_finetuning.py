@@ -382,6 +382,8 @@ def test_an_evaluation_of_the_users_own_serves_the_model_in_training(folder, tmp
     scores = []
 
     def evaluate(network, step):
+        assert network.config._attn_implementation == "sdpa"
+        assert not network.training
         cache = BlockCache(network, None, tokenizer=byte_tokenizer(), passage_format="plain")
         score = cache.score("The mill?", [Passage("It is red.", title="mill")], "red", policy="block")
         scores.append(float(score.sum()))
@@ -433,3 +435,36 @@ def test_training_needs_neither_the_command_line_nor_the_index():
         check=True,
     )
     assert found.stdout.strip() == "set()"
+
+
+def test_a_model_can_learn_from_its_own_answers_and_goes_on_with_those_it_gave(folder, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    row = {"passages": ["It is red.", "It is blue."]}
+    lines = [json.dumps({**row, "question": f"The mill {number}?"}) for number in range(6)]
+    path.write_text("\n".join([*lines, json.dumps({**row, "question": "It?", "answer": "red"})]) + "\n")
+    with pytest.raises(InvalidInputError, match="--own-answers"):
+        finetune(recipe_in(folder, tmp_path / "run", data=[str(path)]))
+    recipe = recipe_in(
+        folder, tmp_path / "run", data=[str(path)], own_answers=True, distill=1.0, steps=2, row_tokens=1024
+    )
+    first = []
+    report = finetune(recipe, tell=first.append)
+    assert "answered 6 of 6 questions" in first
+    answers = [json.loads(line) for line in (tmp_path / "run" / "own_answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 6
+    cache = BlockCache(folder / "model", None, passage_format="plain", device="cpu")
+    for number in range(6):
+        [said] = [each["answer"] for each in answers if each["question"].endswith(f"/{number}")]
+        expected = cache.generate(f"The mill {number}?", row["passages"], policy="full", max_new_tokens=128)
+        assert said[:60] == expected.text.strip()[:60]  # the last bytes may be half a character
+    assert report.record.recipe["own_answers"]
+
+    (tmp_path / "again").mkdir()
+    kept = (tmp_path / "run" / "own_answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "again" / "run.json").write_bytes((tmp_path / "run" / "run.json").read_bytes())
+    (tmp_path / "again" / "own_answers.jsonl").write_text("".join(kept[:4]) + kept[4][:9])  # killed in a line
+    second = []
+    finetune(dataclasses.replace(recipe, out=str(tmp_path / "again")), tell=second.append)
+    assert "answered 2 of 2 questions" in second
+    for name, weight in weights_in(tmp_path / "run").items():
+        assert torch.equal(weight, weights_in(tmp_path / "again")[name]), name

@@ -91,7 +91,10 @@ def test_chats_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**QUESTION, "answers": []}, "line 2 of a.jsonl cannot be trained on: it has no answer"),
+        (
+            {**QUESTION, "answers": []},
+            "line 2 of a.jsonl cannot be trained on: it has no answer.*--own-answers",
+        ),
         ({**QUESTION, "answers": [" "]}, "it has no answer"),
         ({**QUESTION, "question": ""}, "its question is empty"),
         ({"answers": ["Ada"], "passages": []}, "it has no 'question'"),

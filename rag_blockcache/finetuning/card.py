@@ -84,7 +84,11 @@ def write_card(record: TrainingRecord, history: History, out: Path, *, is_adapte
 def _measured(history: History) -> str:
     """Compare the first and the last measurement on held-out examples."""
     lines = ["| held out | before | after |", "|---|---:|---:|"]
-    for label, name in (("loss of an answer token", "eval_loss_{}"), ("answers exact", "eval_exact_{}")):
+    for label, name in (
+        ("loss of an answer token", "eval_loss_{}"),
+        ("answers exact", "eval_exact_{}"),
+        ("answers right", "eval_accuracy_{}"),
+    ):
         for mode in ("block", "full"):
             found = points(history, name.format(mode))
             if found:

@@ -13,6 +13,7 @@ _COLOURS = {"block": "tab:blue", "full": "tab:orange"}
 _PANELS = {
     "loss of an answer token": ("loss_{}", "eval_loss_{}"),
     "answers exact": ("eval_exact_{}",),
+    "answers right": ("eval_accuracy_{}",),
 }
 
 History = Sequence[Mapping[str, float]]

@@ -25,7 +25,7 @@ class QuestionExample:
         question: As a user asks it.
         passages: As they stand in the file.
         is_needed: For each passage, whether the answer rests on it. Where the file does not say, all do.
-        answer: What the model learns to say.
+        answer: What the model learns to say; empty if it is to answer itself.
     """
 
     question: str
@@ -65,7 +65,7 @@ class DataFile:
     examples: Sequence[Example]
 
 
-def read_data(path: Path, passages: Path | None = None) -> DataFile:
+def read_data(path: Path, passages: Path | None = None, *, needs_answers: bool = True) -> DataFile:
     """Read the examples of a file of JSON lines, gzipped or not.
 
     A line is ``{"question", "answers" or "answer", "passages": [{"title"?, "text", "is_gold"?,
@@ -76,6 +76,7 @@ def read_data(path: Path, passages: Path | None = None) -> DataFile:
     Args:
         path: The file.
         passages: Where to look up ``pids``; None takes ``passages.jsonl[.gz]`` in the same folder.
+        needs_answers: Whether a question without an answer is an error.
 
     Raises:
         InvalidInputError: If a line cannot be used; the message names it.
@@ -84,7 +85,13 @@ def read_data(path: Path, passages: Path | None = None) -> DataFile:
     examples = []
     for number, row in _rows(path):
         try:
-            examples.append(_chat(row) if "messages" in row else _question(row, lookup))
+            example = _chat(row) if "messages" in row else _question(row, lookup)
+            if needs_answers and not example.answer:
+                raise ValueError(
+                    "it has no answer; give it 'answers' (a list, the first one is learned) or 'answer', "
+                    "or let the model answer with --own-answers"
+                )
+            examples.append(example)
         except (KeyError, TypeError, ValueError) as error:  # InvalidInputError too
             problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise InvalidInputError(
@@ -170,9 +177,7 @@ def _needed(is_gold: Sequence[bool | None], has_answer: Sequence[bool | None]) -
 
 def _answer(row: Mapping[str, Any]) -> str:
     given = row.get("answers") or [row.get("answer")]
-    if not isinstance(given[0], str) or not given[0].strip():
-        raise ValueError("it has no answer; give it 'answers' (a list, the first one is learned) or 'answer'")
-    return str(given[0]).strip()
+    return given[0].strip() if isinstance(given[0], str) else ""
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

@@ -40,6 +40,7 @@ class Trainee:
         max_tokens: Longest sample.
         base_fingerprint: Of the weights before training.
         base_revision: Their commit on the hub, if they came from there.
+        served_attention: What the model attends with when it is not trained.
     """
 
     network: PreTrainedModel | PeftModel
@@ -49,6 +50,7 @@ class Trainee:
     max_tokens: int
     base_fingerprint: str
     base_revision: str | None
+    served_attention: str
 
     @property
     def base(self) -> PreTrainedModel:
@@ -81,6 +83,7 @@ def load_trainee(recipe: Recipe) -> Trainee:
             f"at {max_tokens} tokens the rotary frequencies of this model are others than for short prompts, "
             "and a row may hold both; give a smaller row_tokens"
         )
+    served = str(model.config._attn_implementation)
     masks = choose_attention(model, recipe.attention)
     fingerprint = weights_fingerprint(network)
     return Trainee(
@@ -91,7 +94,19 @@ def load_trainee(recipe: Recipe) -> Trainee:
         max_tokens=max_tokens,
         base_fingerprint=fingerprint,
         base_revision=getattr(network.config, "_commit_hash", None),
+        served_attention=served,
     )
+
+
+@contextlib.contextmanager
+def served_attention(trainee: Trainee) -> Iterator[PreTrainedModel]:
+    """Let the model attend as it does when it is served, inside this block only."""
+    used = trainee.base.config._attn_implementation
+    trainee.base.set_attn_implementation(trainee.served_attention)
+    try:
+        yield trainee.base
+    finally:
+        trainee.base.set_attn_implementation(used)
 
 
 def choose_attention(model: Model, wanted: Literal["auto", "flex", "sdpa"]) -> Masks:

@@ -33,6 +33,9 @@ class Recipe:
         default_factory=list,
         metadata={"help": "Files with examples to measure on during training; never trained on."},
     )
+    own_answers: bool = _option(
+        False, "Let the model itself answer questions that have no answer, under full attention."
+    )
     modes: Literal["block+full", "full", "block"] = _option(
         "block+full",
         "Attention each example is trained under; it is drawn twice in any case, "

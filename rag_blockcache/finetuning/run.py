@@ -22,8 +22,15 @@ from rag_blockcache.finetuning.card import write_card
 from rag_blockcache.finetuning.curves import HISTORY_FILE, History, draw_curves, write_history
 from rag_blockcache.finetuning.examples import DataFile, read_data
 from rag_blockcache.finetuning.held_out import Evaluate, Evaluations, measure
-from rag_blockcache.finetuning.network import Trainee, load_trainee, merge_adapter, save_weights
-from rag_blockcache.finetuning.packing import IGNORED, collate
+from rag_blockcache.finetuning.network import (
+    Trainee,
+    load_trainee,
+    merge_adapter,
+    save_weights,
+    served_attention,
+)
+from rag_blockcache.finetuning.own_answers import answer_missing
+from rag_blockcache.finetuning.packing import IGNORED, Row, collate
 from rag_blockcache.finetuning.progress import Progress, Tell
 from rag_blockcache.finetuning.recipe import Recipe
 from rag_blockcache.finetuning.rows import TrainingRows, held_out_rows, sample_maker, training_rows
@@ -32,7 +39,7 @@ from rag_blockcache.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 
-_RUN_FILE = "run.json"
+_RUN_FILE, _ANSWERS_FILE = "run.json", "own_answers.jsonl"
 _PACKAGES = ("rag_blockcache", "torch", "transformers", "peft", "accelerate")
 
 
@@ -75,7 +82,14 @@ def finetune(recipe: Recipe, *, evaluate: Evaluate | None = None, tell: Tell | N
     tell = (tell or logger.info) if _is_first_process() else logger.debug
     out = Path(recipe.out)
     files, held_out = (
-        [read_data(Path(path), Path(recipe.passages) if recipe.passages else None) for path in paths]
+        [
+            read_data(
+                Path(path),
+                Path(recipe.passages) if recipe.passages else None,
+                needs_answers=not recipe.own_answers,
+            )
+            for path in paths
+        ]
         for paths in (recipe.data, recipe.eval_data)
     )
     if _is_first_process():
@@ -116,9 +130,14 @@ def _train(
 ) -> None:
     out, start = Path(recipe.out), time.monotonic()
     trainee = load_trainee(recipe)
+    maker = sample_maker(recipe, trainee.tokenizer, trainee.closing, trainee.max_tokens)
+    if recipe.own_answers:
+        answers = out / _ANSWERS_FILE
+        files = answer_missing(files, trainee, maker, answers, tell)
+        held_out = answer_missing(held_out, trainee, maker, answers, tell)
     data = training_rows(recipe, files, trainee.tokenizer, trainee.closing, trainee.max_tokens)
     tell(_described(data, recipe, time.monotonic() - start))
-    trainer = _trainer(recipe, trainee, data, held_out, evaluate, tell)
+    trainer = _trainer(recipe, trainee, data, held_out_rows(recipe, held_out, maker), evaluate, tell)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(out))
     seconds = time.monotonic() - start
@@ -140,20 +159,24 @@ def _trainer(
     recipe: Recipe,
     trainee: Trainee,
     data: TrainingRows,
-    held_out: list[DataFile],
+    held_out: list[Row],
     evaluate: Evaluate,
     tell: Tell,
 ) -> BlockTrainer:
     """Wire the Trainer with data, measurements and progress."""
     padded_to = recipe.row_tokens if trainee.masks.is_flex else None  # compiled for one length
-    maker = sample_maker(recipe, trainee.tokenizer, trainee.closing, trainee.max_tokens)
-    rows = held_out_rows(recipe, held_out, maker)
     arguments = _arguments(recipe)
 
     def measure_held_out(network: Any) -> Mapping[str, float]:
-        return measure(network, rows, trainee.masks, arguments.device, padded_to) if rows else {}
+        if not held_out:
+            return {}
+        return measure(network, held_out, trainee.masks, arguments.device, padded_to)
 
-    evaluations = Evaluations(recipe.eval_every, measure_held_out, lambda step: evaluate(trainee.base, step))
+    def ask_user(step: int) -> Mapping[str, float]:
+        with served_attention(trainee) as network:
+            return evaluate(network, step)
+
+    evaluations = Evaluations(recipe.eval_every, measure_held_out, ask_user)
     trainer = BlockTrainer(
         model=trainee.network,
         args=arguments,

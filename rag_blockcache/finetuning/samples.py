@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rag_blockcache.finetuning.examples import ChatExample, Example, QuestionExample
 from rag_blockcache.finetuning.recipe import Mode
 from rag_blockcache.passage_format import PassageFormat
-from rag_blockcache.passages import Excerpt, Passage
+from rag_blockcache.passages import Excerpt
 from rag_blockcache.prompt import Prompt, Segment
 from rag_blockcache.request import Chat
 
@@ -82,21 +82,26 @@ class SampleMaker:
             The sample; passages that nothing rests on are left out until it fits. None if it never does.
         """
         if isinstance(example, ChatExample):
-            segments = self._prompt.chat_segments(_as_request(example), _Paragraphs(example))
+            chat = Chat(messages=example.messages)
+            segments = self._prompt.chat_segments(chat, _Paragraphs(example))
             return self._joined(segments, example.answer, mode)
         chosen = list(range(len(example.passages)))
         if source is not None:
             chosen = choose_passages(example.is_needed, self._min_passages, source)
         while True:
             passages = [example.passages[index] for index in chosen]
-            sample = self._joined(self._segments(example, passages), example.answer, mode)
+            segments = self._prompt.segments(example.question, passages)
+            sample = self._joined(segments, example.answer, mode)
             spare = [index for index in chosen if not example.is_needed[index]]
             if sample is not None or not spare:
                 return sample
             chosen.remove(spare[-1])
 
-    def _segments(self, example: QuestionExample, passages: Sequence[Passage]) -> list[Segment]:
-        return self._prompt.segments(example.question, passages)
+    def prompt(self, example: QuestionExample, *, room: int) -> list[int] | None:
+        """Return the tokens of a question with all its passages; None if ``room`` more would not fit."""
+        segments = self._prompt.segments(example.question, example.passages)
+        token_ids = [token for segment in segments for token in segment.token_ids]
+        return token_ids if len(token_ids) + room <= self._max_tokens else None
 
     def _joined(self, segments: Sequence[Segment], answer: str, mode: Mode) -> Sample | None:
         said = (*self._prompt.text_tokens(answer), *self._closing)
@@ -152,10 +157,6 @@ class _Paragraphs:
                 parts += [before, Excerpt(shown, shown), behind]
             parts.append("\n\n" if index < len(pieces) - 1 else "")
         return [part for part in parts if part]
-
-
-def _as_request(example: ChatExample) -> Chat:
-    return Chat(messages=example.messages)
 
 
 def closing_tokens(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> tuple[int, ...]:
