@@ -79,8 +79,8 @@ class _Counter(TokenCounter):
         """Count the tokens of messages; those with more than text in them are left to LlamaIndex."""
         if any(message.content is None or message.additional_kwargs for message in messages):
             return super().estimate_tokens_in_messages(messages)
-        texts = [f"{message.role.value}{message.content}" for message in messages]
-        return sum(self.get_string_tokens(text) + _NUM_MESSAGE_TOKENS for text in texts)
+        texts = [text for message in messages for text in (message.role.value, message.content or "")]
+        return sum(map(self.get_string_tokens, texts)) + _NUM_MESSAGE_TOKENS * len(messages)
 
 
 class BlockPromptHelper(PromptHelper):
