@@ -55,6 +55,7 @@ def test_questions_are_read_with_their_passages(name, tmp_path):
     )
     assert second.is_needed == (True,)  # nothing says which passage the answer rests on
     assert (data.name, data.sha256) == (name, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert data.passages_sha256 is None
 
 
 def test_passages_are_looked_up_by_pid_beside_the_file_or_where_it_is_said(tmp_path):
@@ -67,7 +68,10 @@ def test_passages_are_looked_up_by_pid_beside_the_file_or_where_it_is_said(tmp_p
     (tmp_path / "beside").mkdir()
     write(tmp_path / "beside" / "passages.jsonl.gz", *table, empty)
     path = write(tmp_path / "beside" / "train.jsonl", row)
-    assert read_data(path).examples == [expected]
+    data = read_data(path)
+    assert data.examples == [expected]
+    table_bytes = (tmp_path / "beside" / "passages.jsonl.gz").read_bytes()
+    assert data.passages_sha256 == hashlib.sha256(table_bytes).hexdigest()
     (tmp_path / "apart").mkdir()
     alone = write(tmp_path / "apart" / "train.jsonl", row)
     assert read_data(alone, tmp_path / "beside" / "passages.jsonl.gz").examples == [expected]

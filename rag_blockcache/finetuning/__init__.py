@@ -5,7 +5,8 @@ Reading order: ``recipe`` (all options), ``examples`` (files to questions, passa
 (samples to rows of equal length), ``rows`` (all of this together, in parallel), ``mask`` (what a token sees),
 ``network`` (the model, its adapter, saving and merging), ``own_answers`` (to questions without one),
 ``trainer`` (the loss, on top of transformers' Trainer), ``held_out`` and ``progress`` (what is measured
-meanwhile), ``curves`` and ``card`` (what is written in the end), and ``run``, which wires them.
+meanwhile), ``curves``, ``card`` and ``results`` (what is written in the end), ``run_folder`` (how far a run
+has come), and ``run``, which wires them.
 
 ``python -m rag_blockcache.finetuning --help`` lists the options, and ``rag-blockcache finetune`` takes the
 same ones.
@@ -21,11 +22,12 @@ from rag_blockcache.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from rag_blockcache.finetuning.recipe import Recipe
-    from rag_blockcache.finetuning.run import TrainingReport, finetune
+    from rag_blockcache.finetuning.results import TrainingReport
+    from rag_blockcache.finetuning.run import finetune
 
 _HOMES = {
     "Recipe": "rag_blockcache.finetuning.recipe",
-    "TrainingReport": "rag_blockcache.finetuning.run",
+    "TrainingReport": "rag_blockcache.finetuning.results",
     "finetune": "rag_blockcache.finetuning.run",
 }
 _NEEDED = ("accelerate", "matplotlib", "peft")  # the last thing a run does is to draw its curves

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,13 @@ class DataFile:
     Attributes:
         name: Of the file, without its folder.
         sha256: Of its bytes.
+        passages_sha256: Of the file that its passages were looked up in; None if it holds them itself.
         examples: In the order of the file.
     """
 
     name: str
     sha256: str
+    passages_sha256: str | None
     examples: Sequence[Example]
 
 
@@ -81,11 +83,11 @@ def read_data(path: Path, passages: Path | None = None, *, needs_answers: bool =
     Raises:
         InvalidInputError: If a line cannot be used; the message names it.
     """
-    lookup = cache(lambda: _read_table(_table_of(path, passages)))
+    table_path = cache(lambda: _table_of(path, passages))
     examples = []
     for number, row in _rows(path):
         try:
-            example = _chat(row) if "messages" in row else _question(row, lookup)
+            example = _chat(row) if "messages" in row else _question(row, table_path)
             if needs_answers and not example.answer:
                 raise ValueError(
                     "it has no answer; give it 'answers' (a list, the first one is learned) or 'answer', "
@@ -99,9 +101,13 @@ def read_data(path: Path, passages: Path | None = None, *, needs_answers: bool =
             ) from error
     if not examples:
         raise InvalidInputError(f"{path.name} holds no examples; give a file that does, or leave it out")
+    looked_up = _sha256(table_path()) if table_path.cache_info().currsize else None
+    return DataFile(path.name, _sha256(path), looked_up, examples)
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return DataFile(path.name, digest, examples)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -133,7 +139,7 @@ def _table_of(path: Path, passages: Path | None) -> Path:
     )
 
 
-@cache
+@lru_cache(maxsize=1)
 def _read_table(path: Path) -> dict[int | str, Passage]:
     """Read passages by pid, once for all files that share them; those without text are left out."""
     table = {}
@@ -145,9 +151,9 @@ def _read_table(path: Path) -> dict[int | str, Passage]:
     return table
 
 
-def _question(row: Mapping[str, Any], lookup: Callable[[], Mapping[int | str, Passage]]) -> QuestionExample:
+def _question(row: Mapping[str, Any], table_path: Callable[[], Path]) -> QuestionExample:
     if "pids" in row:
-        table = lookup()
+        table = _read_table(table_path())
         flags = [row.get(name) or [None] * len(row["pids"]) for name in ("is_gold", "has_answer")]
         found = [(table.get(pid), *said) for pid, *said in zip(row["pids"], *flags, strict=True)]
     else:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,6 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.finetuning.card import write_card
-from rag_blockcache.finetuning.curves import HISTORY_FILE, History, draw_curves, write_history
 from rag_blockcache.finetuning.examples import DataFile, read_data
 from rag_blockcache.finetuning.held_out import Evaluate, Evaluations, measure
 from rag_blockcache.finetuning.network import (
@@ -30,36 +25,15 @@ from rag_blockcache.finetuning.network import (
     served_attention,
 )
 from rag_blockcache.finetuning.own_answers import answer_missing
-from rag_blockcache.finetuning.packing import IGNORED, Row, collate
+from rag_blockcache.finetuning.packing import Row, collate
 from rag_blockcache.finetuning.progress import Progress, Tell
 from rag_blockcache.finetuning.recipe import Recipe
+from rag_blockcache.finetuning.results import TrainingReport, read_results, record_of, write_results
 from rag_blockcache.finetuning.rows import TrainingRows, held_out_rows, sample_maker, training_rows
+from rag_blockcache.finetuning.run_folder import ANSWERS_FILE, claim, is_complete, last_checkpoint
 from rag_blockcache.finetuning.trainer import BlockTrainer
-from rag_blockcache.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
-
-_RUN_FILE, _ANSWERS_FILE = "run.json", "own_answers.jsonl"
-_PACKAGES = ("rag_blockcache", "torch", "transformers", "peft", "accelerate")
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """What a run came to.
-
-    Attributes:
-        folder: Where the weights are, with their record, card and curves.
-        record: What the weights say of themselves.
-        history: What was logged, by step: ``loss``, ``loss_block``, ``loss_full``, ``eval_...``.
-        hardware: Where it ran.
-        seconds: Time of training, since it was last resumed.
-    """
-
-    folder: Path
-    record: TrainingRecord
-    history: History
-    hardware: Mapping[str, str]
-    seconds: float
 
 
 def finetune(recipe: Recipe, *, evaluate: Evaluate | None = None, tell: Tell | None = None) -> TrainingReport:
@@ -93,36 +67,15 @@ def finetune(recipe: Recipe, *, evaluate: Evaluate | None = None, tell: Tell | N
         for paths in (recipe.data, recipe.eval_data)
     )
     if _is_first_process():
-        _claim(out, recipe, [*files, *held_out])
-    if (out / HISTORY_FILE).is_file():
+        claim(out, recipe, [*files, *held_out])
+    if is_complete(out):
         tell(f"{out} is complete, nothing is trained")
     else:
         _train(recipe, files, held_out, evaluate or (lambda network, step: {}), tell)
     if recipe.merge and _is_first_process():
         tell("merging the adapter into the model")
         merge_adapter(recipe, out, out / "merged")
-    return _report(out)
-
-
-def _claim(out: Path, recipe: Recipe, files: list[DataFile]) -> None:
-    """Write down which run a folder holds, and refuse another one in it."""
-    run = {**recipe.described(), "sha256": [file.sha256 for file in files]}
-    path = out / _RUN_FILE
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in run if known.get(name) != run[name])
-        if changed:
-            raise InvalidInputError(
-                f"{out} holds a run with other options ({', '.join(changed)}); "
-                "repeat them to go on with it, or choose another --out"
-            )
-        return
-    if out.is_dir() and any(other.suffix != ".unfinished" for other in out.iterdir()):
-        raise InvalidInputError(f"{out} holds files that are not of a training run; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    return read_results(out)
 
 
 def _train(
@@ -132,25 +85,20 @@ def _train(
     trainee = load_trainee(recipe)
     maker = sample_maker(recipe, trainee.tokenizer, trainee.closing, trainee.max_tokens)
     if recipe.own_answers:
-        answers = out / _ANSWERS_FILE
+        answers = out / ANSWERS_FILE
         files = answer_missing(files, trainee, maker, answers, tell)
         held_out = answer_missing(held_out, trainee, maker, answers, tell)
     data = training_rows(recipe, files, trainee.tokenizer, trainee.closing, trainee.max_tokens)
     tell(_described(data, recipe, time.monotonic() - start))
     trainer = _trainer(recipe, trainee, data, held_out_rows(recipe, held_out, maker), evaluate, tell)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=last_checkpoint(out))
     seconds = time.monotonic() - start
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        record = _record(recipe, trainee, files, data)
+        record = record_of(recipe, trainee, files, data)
         save_weights(trainee, weights, record, out)
-        history = _history(trainer.state.log_history)
-        draw_curves(history, out)
-        write_card(record, history, out, is_adapter=recipe.is_adapter)
-        write_history(
-            {"hardware": _hardware(), "seconds": seconds, "record": asdict(record), "history": history}, out
-        )
+        write_results(record, trainer.state.log_history, seconds, out, is_adapter=recipe.is_adapter)
         tell(f"{recipe.steps:,} steps are done, the last of them in {seconds:.0f} s; weights are in {out}")
     trainer.accelerator.wait_for_everyone()
 
@@ -241,17 +189,6 @@ def _checkpointing(recipe: Recipe) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _last_checkpoint(out: Path) -> str | None:
-    """Return the newest checkpoint that is complete: its state is written last."""
-    found = []
-    for path in (out / "checkpoints").glob("checkpoint-*"):
-        try:
-            found.append((json.loads((path / "trainer_state.json").read_bytes())["global_step"], str(path)))
-        except (OSError, ValueError, KeyError):
-            logger.warning("%s is not complete, an older one is used", path)
-    return max(found)[1] if found else None
-
-
 def _described(data: TrainingRows, recipe: Recipe, seconds: float) -> str:
     num_tokens = sum(len(row.token_ids) for row in data.rows)
     share = num_tokens / (len(data.rows) * recipe.row_tokens)
@@ -262,65 +199,5 @@ def _described(data: TrainingRows, recipe: Recipe, seconds: float) -> str:
     )
 
 
-def _record(recipe: Recipe, trainee: Trainee, files: list[DataFile], data: TrainingRows) -> TrainingRecord:
-    return TrainingRecord(
-        block_fine_tuned="block" in recipe.mode_pair,
-        base_model=recipe.model_name,
-        base_revision=trainee.base_revision,
-        base_fingerprint=trainee.base_fingerprint,
-        passage_format=recipe.passage_format,
-        preamble=recipe.preamble,
-        seed=recipe.seed,
-        data=[
-            {
-                "name": file.name,
-                "sha256": file.sha256,
-                "num_examples": len(file.examples),
-                "num_samples": data.num_samples[index],
-            }
-            for index, file in enumerate(files)
-        ],
-        recipe=recipe.described(),
-        totals={
-            "steps": recipe.steps,
-            "samples": sum(row.num_samples for row in data.rows),
-            "tokens": sum(len(row.token_ids) for row in data.rows),
-            "answer_tokens": sum(int((row.labels != IGNORED).sum()) for row in data.rows),
-        },
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-    )
-
-
-def _history(logged: list[dict[str, float]]) -> History:
-    """Keep what was measured, one entry a step; what the Trainer says of its own speed is left out."""
-    by_step: dict[int, dict[str, float]] = {}
-    for entry in logged:
-        kept = {
-            name: value
-            for name, value in entry.items()
-            if not name.startswith(("train_", "epoch", "total_flos", "step"))
-        }
-        by_step.setdefault(int(entry["step"]), {"step": entry["step"]}).update(kept)
-    return list(by_step.values())
-
-
-def _hardware() -> dict[str, str]:
-    found = {"processor": platform.machine(), "threads": str(torch.get_num_threads())}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
 def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _report(out: Path) -> TrainingReport:
-    content = json.loads((out / HISTORY_FILE).read_text(encoding="utf-8"))
-    return TrainingReport(
-        folder=out,
-        record=TrainingRecord(**content["record"]),
-        history=content["history"],
-        hardware=content["hardware"],
-        seconds=content["seconds"],
-    )
