@@ -222,7 +222,7 @@ def test_mmr_prefers_what_is_not_like_the_best(store):
     assert [each.id for each in chosen] == ["a", "b"]
     by_vector = store.max_marginal_relevance_search_by_vector([1.0, -1.0, 0.5], k=2, lambda_mult=0.3)
     assert [each.id for each in by_vector] == ["a", "c"]
-    assert len(store.max_marginal_relevance_search("who?", k=9)) == 3
+    assert len(store.max_marginal_relevance_search("who?", k=3, fetch_k=1)) == 3
 
 
 def test_an_empty_store_finds_nothing_in_any_way(store):
