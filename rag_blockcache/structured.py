@@ -114,7 +114,10 @@ class Constraint(LogitsProcessor):
             if index not in self._rows:
                 self._rows[index] = _Row(matcher.deep_copy())
             self._rows[index].restrict(allowed[index], token_ids)
-        return _restricted(scores, torch.from_numpy(allowed).to(scores.device))
+        # Where other processors rule out all that is allowed, such as an end that comes too early for them,
+        # the grammar decides.
+        possible = scores.clamp(min=torch.finfo(scores.dtype).min)
+        return torch.where(torch.from_numpy(allowed).to(scores.device), possible, -torch.inf)
 
 
 class _Row:
@@ -149,13 +152,6 @@ class _Row:
                 return False
             self._followed.append(token)
         return True
-
-
-def _restricted(scores: Tensor, allowed: Tensor) -> Tensor:
-    kept = scores.masked_fill(~allowed, -torch.inf)
-    # Where other processors left nothing, such as an end that comes too early for them, the grammar decides.
-    is_stuck = kept.amax(dim=-1, keepdim=True) == -torch.inf
-    return kept.masked_fill(is_stuck & allowed, 0.0)
 
 
 class _Vocabulary:
