@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 
 from langchain_core.documents import Document
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import RunnablePassthrough
+from rag_blockcache.integrations.langchain import BlockCacheLLM, ChatBlockCache
 
 from rag_blockcache.answers import Answer
 from rag_blockcache.errors import InvalidInputError
@@ -16,6 +19,7 @@ DOCUMENTS = [
     Document("The harbour freezes in most winters, so the ferry rests from December to March.", id="b"),
     Document("The island has one school with two rooms; children walk there along the railway.", id="c"),
 ]
+TEXTS = [document.page_content for document in DOCUMENTS]
 
 
 class FixedRetriever(BaseRetriever):
@@ -121,3 +125,35 @@ def scripted(model, *answers):
     """Have a chat model or LLM of LangChain answer by a script; return it."""
     model._engine = ScriptedEngine(*answers)
     return model
+
+
+def engine_options(model, tokenizer, name):
+    """Return options that have every passage stored at once, and share no engine with another name."""
+    shared = {"model": model, "tokenizer": tokenizer, "salt": name}
+    return {**shared, "max_tokens": 12, "policy": "block", "admission": "always"}
+
+
+def scripted_chat(*answers, **options):
+    """Make a chat model that answers by a script, ``yes`` by default."""
+    return scripted(ChatBlockCache(model="none", **options), *(answers or (answer("yes"),)))
+
+
+def scripted_llm(*answers, **options):
+    """Make an LLM that answers by a script, ``yes`` by default."""
+    return scripted(BlockCacheLLM(model="none", **options), *(answers or (answer("yes"),)))
+
+
+def last_asked(model):
+    """Return the last request to a scripted engine, and its options."""
+    return model.engine.asked[-1]
+
+
+def rag_chain(model, retriever=None):
+    """Make the chain that every tutorial begins with."""
+    found = {"context": (retriever or FixedRetriever()) | joined, "question": RunnablePassthrough()}
+    return found | ChatPromptTemplate.from_template("{context}\n\nQuestion: {question}") | model
+
+
+async def all_of(stream):
+    """Read an asynchronous stream."""
+    return [piece async for piece in stream]

@@ -5,19 +5,14 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
 pytest.importorskip("langchain_core")
 
-from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
-    AIMessageChunk,
     ChatMessage,
     FunctionMessage,
     HumanMessage,
@@ -26,29 +21,31 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.messages.content import create_plaintext_block
-from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import tool
-from langchain_parts import DOCUMENTS, FixedRetriever, ScriptedEngine, answer, joined, scripted
+from langchain_parts import (
+    DOCUMENTS,
+    TEXTS,
+    all_of,
+    answer,
+    engine_options,
+    joined,
+    last_asked,
+    scripted,
+    scripted_chat,
+)
 from pydantic import BaseModel, Field, ValidationError
-from rag_blockcache.integrations.langchain import BlockCacheLLM, ChatBlockCache, observer
+from rag_blockcache.integrations.langchain import BlockCacheLLM, ChatBlockCache
 from rag_blockcache.integrations.langchain.messages import chat_messages, passages, shown_texts
 from rag_blockcache.integrations.langchain.tools import choice_of_tool, function_tools, response_schema
-from transformers import LogitsProcessor, LogitsProcessorList
 from typing_extensions import TypedDict
 
 from rag_blockcache import Chat, Passage, Text
-from rag_blockcache.errors import ContextTooLongError, InvalidInputError
-
-TEXTS = [document.page_content for document in DOCUMENTS]
-QUESTION = "When was the lighthouse built?"
+from rag_blockcache.errors import InvalidInputError
 
 
 @pytest.fixture
 def options(tiny_model, tiny_tokenizer, request):
-    """Options that have every passage stored at once, and share no engine with another test."""
-    shared = {"model": tiny_model, "tokenizer": tiny_tokenizer, "salt": request.node.name}
-    return {**shared, "max_tokens": 12, "policy": "block", "admission": "always"}
+    return engine_options(tiny_model, tiny_tokenizer, request.node.name)
 
 
 @pytest.fixture
@@ -59,27 +56,6 @@ def chat(options):
 @pytest.fixture
 def llm(options):
     return BlockCacheLLM(**options)
-
-
-def scripted_chat(*answers, **options):
-    return scripted(ChatBlockCache(model="none", **options), *(answers or (answer("yes"),)))
-
-
-def scripted_llm(*answers, **options):
-    return scripted(BlockCacheLLM(model="none", **options), *(answers or (answer("yes"),)))
-
-
-def last_asked(model):
-    return model.engine.asked[-1]
-
-
-def rag_chain(model, retriever=None):
-    found = {"context": (retriever or FixedRetriever()) | joined, "question": RunnablePassthrough()}
-    return found | ChatPromptTemplate.from_template("{context}\n\nQuestion: {question}") | model
-
-
-async def all_of(stream):
-    return [piece async for piece in stream]
 
 
 # Construction
@@ -268,10 +244,10 @@ def test_plain_text_blocks_are_paragraphs_of_their_own_and_known_as_passages():
         {"type": "text", "text": "this:"},
         create_plaintext_block(text=TEXTS[0], title="Lighthouse", context="From the chronicle."),
         create_plaintext_block(text=TEXTS[1]),
-        {"type": "text", "text": QUESTION},
+        {"type": "text", "text": "When?"},
     ]
     message = HumanMessage(content_blocks=blocks)
-    shown = ["Read this:", f"Lighthouse\nFrom the chronicle.\n{TEXTS[0]}", TEXTS[1], QUESTION]
+    shown = ["Read this:", f"Lighthouse\nFrom the chronicle.\n{TEXTS[0]}", TEXTS[1], "When?"]
     assert chat_messages([message])[0]["content"] == "\n\n".join(shown)
     assert shown_texts([message]) == TEXTS[:2]
 
@@ -313,301 +289,6 @@ def test_documents_become_passages():
     ]
     with pytest.raises(InvalidInputError, match="int"):
         passages([5])
-
-
-# Passages
-
-
-def test_documents_of_a_call_are_shown_and_reused(chat):
-    first, second = (chat.invoke(QUESTION, documents=DOCUMENTS) for _ in range(2))
-    bound = chat.bind(documents=DOCUMENTS).invoke(QUESTION)
-    assert first.response_metadata["num_misses"] == 3
-    assert second.response_metadata["num_hits"] == bound.response_metadata["num_hits"] == 3
-    num_tokens = sum(map(len, TEXTS))  # of a byte each
-    assert second.usage_metadata["input_token_details"]["cache_read"] >= num_tokens
-    plain = chat.invoke(QUESTION).usage_metadata["input_tokens"]
-    assert second.usage_metadata["input_tokens"] > plain + num_tokens
-
-
-def test_documents_that_the_messages_hold_are_not_shown_twice(chat):
-    prompt = f"{joined(DOCUMENTS)}\n\n{QUESTION}"
-    messages = [chat.invoke(prompt), chat.invoke(prompt, documents=DOCUMENTS)]
-    assert messages[0].usage_metadata["input_tokens"] == messages[1].usage_metadata["input_tokens"]
-    assert messages[1].response_metadata["num_misses"] == 3
-
-
-def test_nothing_is_looked_for_where_that_is_switched_off(chat):
-    chat.invoke(QUESTION, documents=DOCUMENTS)
-    message = chat.invoke(joined(DOCUMENTS), finds_passages=False)
-    assert (message.response_metadata["num_hits"], message.response_metadata["num_misses"]) == (0, 0)
-    assert chat.invoke(joined(DOCUMENTS)).response_metadata["num_hits"] == 3
-
-
-def hints_of(model):
-    return list(last_asked(model)[0].hints)
-
-
-@pytest.mark.parametrize("make", [scripted_chat, scripted_llm])
-def test_what_a_retriever_of_the_chain_returns_is_told_to_the_engine(make):
-    model = make()
-    chain = rag_chain(model)
-
-    async def by_coroutines():
-        await chain.ainvoke(QUESTION)
-        await all_of(chain.astream(QUESTION))
-        await all_of(chain.astream_events(QUESTION, version="v2"))
-        await chain.abatch([QUESTION] * 2)
-
-    chain.invoke(QUESTION)
-    list(chain.stream(QUESTION))
-    chain.batch([QUESTION] * 2)
-    asyncio.run(by_coroutines())
-    assert len(model.engine.asked) == 9
-    assert all(list(request.hints) == TEXTS for request, _ in model.engine.asked)
-
-
-def test_a_request_does_not_see_what_another_retrieved():
-    class Echo(FixedRetriever):
-        def _get_relevant_documents(self, query, *, run_manager):
-            time.sleep(0.01)
-            return [Document(f"found for {query}")]
-
-    model = scripted_chat()
-    chain = rag_chain(model, Echo())
-
-    async def at_the_same_time():
-        await asyncio.gather(*(chain.ainvoke(f"task {n}") for n in range(8)))
-
-    asyncio.run(at_the_same_time())
-    chain.batch([f"batch {n}" for n in range(8)])
-    for n in range(3):
-        chain.invoke(f"turn {n}")
-    for request, _ in model.engine.asked:
-        question = request.messages[0]["content"].split("Question: ")[1]
-        assert list(request.hints) == [f"found for {question}"]
-    assert len(model.engine.asked) == 19
-    model.invoke("Something else.")
-    assert hints_of(model) == []
-
-
-def test_a_retriever_outside_of_a_chain_is_observed_by_its_task_or_thread_alone():
-    model = scripted_chat()
-
-    async def retrieve_and_ask():
-        await FixedRetriever().ainvoke(QUESTION)
-        await model.ainvoke(QUESTION)
-        asked = hints_of(model)
-        await all_of(model.astream(QUESTION))
-        return asked, hints_of(model)
-
-    def retrieve_and_ask_by_hand():
-        FixedRetriever().invoke(QUESTION)
-        model.invoke(QUESTION)
-
-    assert asyncio.run(retrieve_and_ask()) == (TEXTS, TEXTS)
-    model.invoke(QUESTION)
-    assert hints_of(model) == []
-    thread = threading.Thread(target=retrieve_and_ask_by_hand)
-    thread.start()
-    thread.join()
-    assert hints_of(model) == TEXTS
-    model.invoke(QUESTION)
-    assert hints_of(model) == []
-
-
-def test_the_observer_takes_no_callbacks_from_others():
-    class Noting(BaseCallbackHandler):
-        def on_llm_start(self, *_, **__):
-            events.append("start")
-
-        def on_llm_end(self, *_, **__):
-            events.append("end")
-
-        def on_retriever_end(self, *_, **__):
-            events.append("retrieved")
-
-    events = []
-    asyncio.run(rag_chain(scripted_llm()).ainvoke(QUESTION, config={"callbacks": [Noting()]}))
-    assert events == ["retrieved", "start", "end"]
-
-
-def test_retrievers_are_not_observed_where_that_is_switched_off():
-    model = scripted_chat(observes_retrievers=False)
-    rag_chain(model).invoke(QUESTION)
-    assert hints_of(model) == []
-
-
-def test_the_model_works_where_langchain_has_no_hook_for_observers(monkeypatch):
-    monkeypatch.delattr("langchain_core.tracers.context.register_configure_hook")
-    monkeypatch.setattr(observer, "_is_registered", False)
-    monkeypatch.setattr("langchain_core.tracers.context._configure_hooks", [])
-    model = scripted_chat()
-    assert rag_chain(model).invoke(QUESTION).content == "yes"
-    assert hints_of(model) == []
-
-
-def test_passages_nobody_prefilled_are_learned_from_retrievers(chat):
-    retriever = FixedRetriever(documents=[Document(f"{text} Unseen.") for text in TEXTS])
-    first, second = (rag_chain(chat, retriever).invoke(QUESTION) for _ in range(2))
-    assert first.response_metadata["num_misses"] == 3
-    assert second.response_metadata["num_hits"] == 3
-
-
-# Batches
-
-
-def test_a_batch_is_one_batch_of_the_engine(chat, monkeypatch):
-    questions = [f"Question {'x' * n}" for n in range(5)]
-    one_by_one = [chat.invoke(question).content for question in questions]
-    sizes = []
-    batched = type(chat.engine).answer_batch
-
-    def counted(self, requests, **options):
-        sizes.append(len(requests))
-        return batched(self, requests, **options)
-
-    monkeypatch.setattr(type(chat.engine), "answer_batch", counted)
-    assert [message.content for message in chat.batch(questions)] == one_by_one
-    assert [message.content for message in asyncio.run(chat.abatch(questions))] == one_by_one
-    messages = [[HumanMessage(question)] for question in questions]
-    assert [row[0].text for row in chat.generate(messages).generations] == one_by_one
-    assert [row[0].text for row in asyncio.run(chat.agenerate(messages)).generations] == one_by_one
-    assert sizes == [5] * 4
-
-
-def test_an_llm_answers_a_batch_at_once(llm, monkeypatch):
-    prompts = [f"Prompt {'x' * n}" for n in range(5)]
-    one_by_one = [llm.invoke(prompt) for prompt in prompts]
-    assert all(one_by_one)
-    sizes = []
-    batched = type(llm.engine).answer_batch
-
-    def counted(self, requests, **options):
-        sizes.append(len(requests))
-        return batched(self, requests, **options)
-
-    monkeypatch.setattr(type(llm.engine), "answer_batch", counted)
-    assert llm.batch(prompts) == one_by_one
-    assert asyncio.run(llm.abatch(prompts)) == one_by_one
-    assert [row[0].text for row in llm.generate(prompts).generations] == one_by_one
-    assert [row[0].text for row in asyncio.run(llm.agenerate(prompts)).generations] == one_by_one
-    assert sizes == [5] * 4
-
-
-@pytest.mark.parametrize("make", [scripted_chat, scripted_llm])
-@pytest.mark.parametrize(
-    ("batch_size", "max_concurrency", "sizes"), [(3, None, [3, 3]), (8, 4, [4, 3]), (2, 4, [2, 2, 2])]
-)
-def test_batches_are_no_larger_than_asked_for(make, batch_size, max_concurrency, sizes):
-    model = make(batch_size=batch_size)
-    config = {"max_concurrency": max_concurrency}
-    assert len(model.batch(["Hello"] * 7, config)) == 7
-    assert model.engine.batch_sizes == sizes  # what is left over is one alone
-    assert len(asyncio.run(model.abatch(["Hello"] * 7, config))) == 7
-    assert model.engine.batch_sizes == sizes * 2
-
-
-class Noted(BaseCallbackHandler):
-    """Notes what it is told."""
-
-    def __init__(self):
-        self.prompts, self.ends, self.errors, self.tokens = [], [], [], []
-
-    def on_chat_model_start(self, serialized, messages, *, tags=None, metadata=None, **_):
-        self.prompts.append((messages[0][0].content, tags, (metadata or {}).get("user")))
-
-    def on_llm_new_token(self, token, **_):
-        self.tokens.append(token)
-
-    def on_llm_end(self, response, **_):
-        self.ends.append(response.generations[0][0].text)
-
-    def on_llm_error(self, error, **_):
-        self.errors.append(error)
-
-
-def test_each_input_of_a_batch_keeps_its_config():
-    model = scripted_chat()
-    noted = [Noted() for _ in range(3)]
-    configs = [
-        {"callbacks": [each], "tags": [f"t{n}"], "metadata": {"user": n}} for n, each in enumerate(noted)
-    ]
-    for run in (model.batch, lambda *args: asyncio.run(model.abatch(*args))):
-        run(["a", "b", "c"], configs)
-    for n, (each, prompt) in enumerate(zip(noted, "abc", strict=True)):
-        assert each.prompts == [(prompt, [f"t{n}"], n)] * 2
-        assert each.ends == ["yes"] * 2
-    assert model.engine.batch_sizes == [3, 3]
-
-
-def test_a_bad_input_does_not_spoil_a_batch():
-    model = scripted_chat()
-    noted = Noted()
-    for run in (model.batch, lambda *args, **options: asyncio.run(model.abatch(*args, **options))):
-        answers = run(["a", "bad", "c"], {"callbacks": [noted]}, return_exceptions=True)
-        assert [type(each) for each in answers] == [AIMessage, InvalidInputError, AIMessage]
-        with pytest.raises(InvalidInputError, match="this request is bad"):
-            run(["a", "bad", "c"])
-    assert len(noted.errors) == 2
-    assert len(noted.ends) == 4
-
-
-def test_a_failure_of_the_engine_reaches_every_input(monkeypatch):
-    def fail(self, requests, **options):
-        raise OSError("broken")
-
-    monkeypatch.setattr(ScriptedEngine, "answer_batch", fail)
-    answers = scripted_chat().batch(["a", "b"], return_exceptions=True)
-    assert [str(each) for each in answers] == ["broken", "broken"]
-
-
-def test_a_prompt_that_is_too_long_fails_alone(chat):
-    answers = chat.batch(["Hello", "x" * 5000], return_exceptions=True)
-    assert isinstance(answers[1], ContextTooLongError)
-    assert answers[0].content == chat.invoke("Hello").content
-
-
-def test_inputs_that_langchain_has_cached_are_not_asked_again():
-    model = scripted_chat(cache=InMemoryCache())
-    model.batch(["a", "b"])
-    assert [message.content for message in model.batch(["a", "c", "b", "d"])] == ["yes"] * 4
-    assert model.engine.batch_sizes == [2, 2]
-    asyncio.run(model.abatch(["a", "e", "b", "f"]))
-    assert model.engine.batch_sizes == [2, 2, 2]
-    model.batch(["a", "b"])
-    assert model.engine.batch_sizes == [2, 2, 2]
-    assert len(model.engine.asked) == 6
-
-
-def test_batches_stream_where_streaming_was_asked_for():
-    model = scripted_chat(answer("one two"), streaming=True)
-    noted = [Noted(), Noted()]
-    model.batch(["a", "b"], [{"callbacks": [each]} for each in noted])
-    assert [each.tokens for each in noted] == [["one", "two", ""]] * 2
-    assert model.engine.batch_sizes == []
-
-
-def test_an_input_that_streams_does_not_keep_the_others_waiting(monkeypatch):
-    model = scripted_chat(answer("one two"))
-    both_asked = threading.Event()
-    batched, streamed = ScriptedEngine.answer_batch, ScriptedEngine.stream_answer
-
-    def batch_first(self, requests, **options):
-        both_asked.set()
-        return batched(self, requests, **options)
-
-    def stream_last(self, request, **options):
-        assert both_asked.wait(10), "the batch waited for an input that streams"
-        return streamed(self, request, **options)
-
-    monkeypatch.setattr(ScriptedEngine, "answer_batch", batch_first)
-    monkeypatch.setattr(ScriptedEngine, "stream_answer", stream_last)
-    monkeypatch.setattr(
-        type(model), "_should_stream", lambda self, *, run_manager=None, **_: "stream" in run_manager.tags
-    )
-    answers = model.batch(["a", "b", "c"], [{"tags": ["stream"]}, {}, {}])
-    assert [message.content for message in answers] == ["onetwo", "one two", "one two"]
-    assert model.engine.batch_sizes == [2]
 
 
 # Tools
@@ -778,7 +459,7 @@ def test_an_llm_continues_the_prompt_as_it_stands(llm):
 
 def test_an_llm_reuses_documents_too(llm):
     for num_hits in (0, 3):
-        info = llm.generate([QUESTION], documents=DOCUMENTS).generations[0][0].generation_info
+        info = llm.generate(["When?"], documents=DOCUMENTS).generations[0][0].generation_info
         assert info["num_hits"] == num_hits
 
 
@@ -813,56 +494,3 @@ def test_an_llm_takes_the_arguments_of_a_hugging_face_pipeline(tmp_path):
 def test_arguments_of_a_pipeline_that_mean_nothing_here_are_refused(options):
     with pytest.raises(InvalidInputError):
         BlockCacheLLM.from_model_id("some/model", **options)
-
-
-# Concurrency
-
-
-class Slow(LogitsProcessor):
-    """Takes its time over every token, so that whoever waits for an answer is seen to wait."""
-
-    def __call__(self, input_ids, scores):
-        time.sleep(0.02)
-        return scores
-
-
-async def longest_stall(work):
-    """Return what was awaited, and for how long the event loop was kept meanwhile, at most."""
-    worst, is_done = 0.0, False
-
-    async def watch():
-        nonlocal worst
-        while not is_done:
-            before = time.perf_counter()
-            await asyncio.sleep(0.005)
-            worst = max(worst, time.perf_counter() - before - 0.005)
-
-    watcher = asyncio.create_task(watch())
-    await asyncio.sleep(0)
-    done = await work
-    is_done = True
-    await watcher
-    return done, worst
-
-
-@pytest.mark.parametrize("asks", ["ainvoke", "astream", "abatch"])
-def test_eight_coroutines_get_their_own_answers_while_the_event_loop_runs_on(chat, asks):
-    questions = [f"{'x' * n} What does number {n} say?" for n in range(8)]
-    one_by_one = [chat.invoke(question).content for question in questions]
-    assert len(set(one_by_one)) > 1
-    slow = chat.bind(logits_processor=LogitsProcessorList([Slow()]))
-
-    async def streamed(question):
-        return sum([piece async for piece in slow.astream(question)], AIMessageChunk(content=""))
-
-    async def ask_all():
-        if asks == "abatch":
-            return await slow.abatch(questions)
-        return await asyncio.gather(*map(slow.ainvoke if asks == "ainvoke" else streamed, questions))
-
-    stalls = []
-    for _ in range(3):  # another process may keep the CPU once
-        answers, stall = asyncio.run(longest_stall(ask_all()))
-        assert [message.content for message in answers] == one_by_one
-        stalls.append(stall)
-    assert min(stalls) < 0.05, "an answer of a quarter of a second did not keep the loop"
