@@ -305,16 +305,20 @@ def test_asynchronous_calls_answer_as_the_others():
     assert "".join(piece.delta for piece in chat_pieces) == chat.message.content
 
 
-def watched(seconds: list[float]) -> asyncio.Task:
-    """Start a task that notes how late the event loop lets it wake up."""
+async def while_watched(asked: list) -> tuple[list, float]:
+    """Await all that was asked; return the results, and the longest that the loop let a task wait for it."""
+    stalls: list[float] = []
 
     async def watch():
         while True:
             start = time.perf_counter()
             await asyncio.sleep(0.005)
-            seconds.append(time.perf_counter() - start - 0.005)
+            stalls.append(time.perf_counter() - start - 0.005)
 
-    return asyncio.get_running_loop().create_task(watch())
+    watching = asyncio.create_task(watch())
+    results = await asyncio.gather(*asked)
+    watching.cancel()
+    return results, max(stalls)
 
 
 @pytest.fixture
@@ -333,20 +337,20 @@ def test_eight_chats_at_a_time_never_hold_up_the_event_loop():
     expected = [llm.chat(chat, hints=[LIGHTHOUSE]).message.content for chat in chats]
 
     async def ask_all():
-        stalls: list[float] = []
-        watch = watched(stalls)
-        responses = await asyncio.gather(*(llm.achat(chat, hints=[LIGHTHOUSE]) for chat in chats))
-        watch.cancel()
-        return responses, max(stalls)
+        return await while_watched([llm.achat(chat, hints=[LIGHTHOUSE]) for chat in chats])
+
+    async def ask_in_threads():
+        return await while_watched([asyncio.to_thread(llm.chat, chat) for chat in chats])
 
     attempts = []
-    for _ in range(5):  # others on this machine may hold up the loop, too, but not each time
+    for _ in range(5):
         responses, stall = asyncio.run(ask_all())
         assert [response.message.content for response in responses] == expected
         assert all(response.additional_kwargs["num_hits"] == 1 for response in responses)
-        attempts.append(stall)
+        _, stall_by_others = asyncio.run(ask_in_threads())  # the machine may be busy, and hold up any loop
+        attempts.append(stall - stall_by_others)
         if stall < 0.05:
-            break
+            return
     assert min(attempts) < 0.05
 
 

@@ -19,6 +19,8 @@ from llama_index.core.types import Model, PydanticProgramMode
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
+from .responses import chat_piece
+
 _dispatcher = get_dispatcher(__name__)
 
 
@@ -132,6 +134,8 @@ class _Filling:
         self.output: Any = None
 
     def fill(self, response: ChatResponse | CompletionResponse) -> Any:
+        if isinstance(response, CompletionResponse):  # which older versions of LlamaIndex cannot read
+            response = chat_piece(response.text)
         current = None if self.output is None else [self.output]
         self.output = process_streaming_objects(response, self._output_cls, cur_objects=current)
         _dispatcher.event(LLMStructuredPredictInProgressEvent(output=self.output))
