@@ -87,21 +87,17 @@ def uses_tools(messages: Sequence[Message]) -> bool:
     return any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
 
 
-def fitted(messages: Sequence[Message], *, takes_json: bool, empty: str | None) -> list[Message]:
+def fitted(messages: Sequence[Message], *, takes_json: bool) -> list[Message]:
     """Write calls as a template takes them.
 
     Args:
         messages: The chat.
         takes_json: Whether arguments are wanted as JSON text, rather than as a mapping.
-        empty: Content of a message that only calls tools.
     """
-    made: list[Message] = []
-    for message in messages:
-        if calls := message.get("tool_calls"):
-            calls = [_fitted_call(call, takes_json) for call in calls]
-            made.append({**message, "content": message.get("content") or empty, "tool_calls": calls})
-        else:
-            made += with_content([message])
+    made = []
+    for message in with_content(messages):
+        calls = [_fitted_call(call, takes_json) for call in message.get("tool_calls") or ()]
+        made.append({**message, "tool_calls": calls} if calls else message)
     return made
 
 

@@ -148,7 +148,7 @@ class ChatTemplate:
         if support.has_calls:
             numbered = with_short_ids(described)
             for chat in (described, numbered, with_calls_apart(numbered)):
-                yield fitted(chat, takes_json=support.takes_json, empty=support.empty), native
+                yield fitted(chat, takes_json=support.takes_json), native
         yield with_calls_as_text(described), native
 
     def _tool_support(self, *, with_tools: bool) -> ToolSupport:

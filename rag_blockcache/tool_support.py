@@ -22,14 +22,12 @@ class ToolSupport:
         has_tools: Whether it shows which tools there are.
         has_calls: Whether it shows calls and their results.
         takes_json: Whether it takes arguments as JSON text, rather than as a mapping.
-        empty: Content of a message that only calls tools.
         call_form: How a model writes calls of the tools that it is shown.
     """
 
     has_tools: bool
     has_calls: bool
     takes_json: bool = False
-    empty: str | None = ""
     call_form: CallForm = HERMES
 
 
@@ -46,14 +44,13 @@ def find_tool_support(render: Callable[..., str], *, with_tools: bool) -> ToolSu
     probe = _Probe(render, with_tools)
     has_tools, is_unreadable = probe.shows_tools([]), False
     for takes_json in (False, True):
-        for empty in ("", None):
-            use = probe.use(takes_json, empty)
-            written = probe.written_call(use)
-            if written and probe.is_read(written):
-                has_tools = has_tools and probe.shows_tools(use)
-                form = probe.call_form(written) if has_tools else None
-                return ToolSupport(has_tools, True, takes_json, empty, form or HERMES)
-            is_unreadable |= bool(written)
+        use = probe.use(takes_json)
+        written = probe.written_call(use)
+        if written and probe.is_read(written):
+            has_tools = has_tools and probe.shows_tools(use)
+            form = probe.call_form(written) if has_tools else None
+            return ToolSupport(has_tools, True, takes_json, form or HERMES)
+        is_unreadable |= bool(written)
     return ToolSupport(has_tools and not is_unreadable, False)
 
 
@@ -82,13 +79,13 @@ class _Probe:
             return False
         return self.name in rendered and self.other in rendered and self.key in rendered
 
-    def use(self, takes_json: bool, empty: str | None) -> list[Message]:
+    def use(self, takes_json: bool) -> list[Message]:
         """Return a call of one of the tools, and its result."""
         arguments = f'{{"{self.key}": "{self.value}"}}' if takes_json else {self.key: self.value}
         function = {"name": self.name, "arguments": arguments}
         calls = [{"type": "function", "id": "probe0001", "function": function}]
         return [
-            {"role": "assistant", "content": empty, "tool_calls": calls},
+            {"role": "assistant", "content": "", "tool_calls": calls},
             {"role": "tool", "tool_call_id": "probe0001", "name": self.name, "content": self.result},
         ]
 

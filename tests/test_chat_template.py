@@ -18,6 +18,7 @@ from rag_blockcache.tool_calls import HERMES, CallForm
 
 _TURN = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
 _PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+_IF_SAID = "{% if message.content %}\n{{ message.content }}{% endif %}"
 QWEN = (
     "{% if tools %}<|im_start|>system\n"
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
@@ -28,7 +29,7 @@ QWEN = (
     "{{ message.content }}\n</tool_response><|im_end|>\n"
     "{% elif message.role == 'system' and loop.first %}"
     "{% elif message.tool_calls %}<|im_start|>assistant"
-    "{% if message.content %}\n{{ message.content }}{% endif %}"
+    f"{_IF_SAID}"
     "{% for call in message.tool_calls %}\n<tool_call>\n"
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
     "\n</tool_call>{% endfor %}<|im_end|>\n"
@@ -75,7 +76,6 @@ FIRST_SYSTEM = (
 )
 JSON_ARGUMENTS = QWEN.replace("call.function.arguments | tojson", "call.function.arguments")
 JSON_ONLY = JSON_ARGUMENTS.replace("{{ call.function.arguments }}", "{{ '' + call.function.arguments }}")
-NONE_ONLY = QWEN.replace("elif message.tool_calls", "elif message.content is none and message.tool_calls")
 FOREIGN = QWEN.replace("<tool_call>", "<|call|>").replace("</tool_call>", "<|/call|>")
 TEMPLATES = {
     "chatml": CHAT_TEMPLATE,
@@ -90,7 +90,10 @@ TEMPLATES = {
     "first system": FIRST_SYSTEM + CHAT_TEMPLATE,
     "json arguments": JSON_ARGUMENTS,
     "json only": JSON_ONLY,
-    "none only": NONE_ONLY,
+    "unseen calls": QWEN.replace("elif message.tool_calls", "elif message.content is none"),
+    "content beside calls": QWEN.replace(
+        "{% if message.content %}\n{{ message.content }}{% endif %}", "\n{{ message.content }}"
+    ),
     "foreign calls": FOREIGN,
     "base": None,
 }
@@ -250,6 +253,7 @@ def test_a_tokenizer_without_a_template_gets_texts_one_below_the_other():
         ("gemma", [user("a"), {"role": "narrator", "content": "b"}, assistant("c")], "must alternate"),
         ("{{ messages[0].role }}", [user("a"), user("b")], r"leaves out what message 1 says, of role 'user'"),
         ("{{ messages[0].content.parts() }}", [user("a")], "has no attribute"),
+        ("{{ raise_exception('got ' ~ messages | length) }}", [user("a"), user("b"), user("c")], "got 3"),
         ("{{ 1 // 0 }}", [user("a")], "refuses these messages"),
         ("chatml", [{"content": "a"}], "has no role"),
     ],
@@ -307,7 +311,7 @@ def test_arguments_are_given_as_the_template_takes_them():
         call = {"type": "function", "id": "a", "function": {"name": "look_up", "arguments": given}}
         messages = [user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}, result("r")]
         written = '<tool_call>\n{"name": "look_up", "arguments": {"word": "mill"}}\n</tool_call>'
-        for template in ("qwen", "json arguments", "json only", "none only", "chatml"):
+        for template in ("qwen", "json arguments", "json only", "unseen calls", "chatml"):
             assert written in render(template, messages), template
 
 
@@ -322,9 +326,38 @@ def test_a_template_with_rules_for_calls_gets_one_by_one_with_ids_as_it_likes():
         result("q", "now"),
     ]
     assert rendered == native("llama31", apart, tools=TOOLS)
-    rendered = render("mistral", TOOL_CHATS["in another order"][:1] + TOOL_CHATS["called twice"][1:])
-    assert '"id": "call00000"}, {"name": "now", "arguments": {}, "id": "call00001"}]' in rendered
-    assert '{"content": q, "call_id": "call00001"}' in rendered
+    unasked = result("s", "never called")
+    rendered = render("llama31", [*TOOL_CHATS["in another order"], unasked], tools=TOOLS)
+    assert rendered == native("llama31", [*apart, unasked], tools=TOOLS)
+
+
+@pytest.mark.parametrize("has_ids", [True, False])
+def test_a_template_with_rules_for_ids_gets_short_ones_that_fit_together(has_ids):
+    asked = [user("a"), assistant(None, "look_up", "now"), result("r"), result("q", "now")]
+    again = [assistant(None, "look_up"), result("s"), assistant("b"), user("c"), user("d")]
+    chat = json.loads(json.dumps([*asked, *again]))
+    if not has_ids:
+        for message in chat:
+            message.pop("tool_call_id", None)
+            for call in message.get("tool_calls", ()):
+                call.pop("id")
+    called = '{"name": "look_up", "arguments": {"word": "mill"}, "id": "call00000"}'
+    other = '{"name": "now", "arguments": {}, "id": "call00001"}'
+    assert render("mistral", chat) == (
+        f"<s>[INST]a[/INST][TOOL_CALLS][{called}, {other}]</s>"
+        '[TOOL_RESULTS]{"content": r, "call_id": "call00000"}[/TOOL_RESULTS]'
+        '[TOOL_RESULTS]{"content": q, "call_id": "call00001"}[/TOOL_RESULTS]'
+        f"[TOOL_CALLS][{called.replace('00000', '00002')}]</s>"
+        '[TOOL_RESULTS]{"content": s, "call_id": "call00002"}[/TOOL_RESULTS]'
+        "b</s>[INST]c\n\nd[/INST]"
+    )
+
+
+def test_results_have_the_names_of_their_calls_where_a_template_needs_ids():
+    template = MISTRAL.replace('"call_id"', '"name": "{{ message.name }}", "call_id"')
+    rendered = render(template, TOOL_CHATS["in another order"][:1] + TOOL_CHATS["called twice"][1:])
+    assert '{"content": r, "name": "look_up", ' in rendered
+    assert '{"content": q, "name": "now", ' in rendered
 
 
 def test_a_template_that_shows_no_tools_gets_them_in_the_message_of_the_system():
@@ -345,6 +378,7 @@ def test_a_template_that_shows_no_tools_gets_them_in_the_message_of_the_system()
 
 def test_a_template_whose_calls_could_not_be_read_is_not_used_for_tools():
     rendered = render("foreign calls", TOOL_CHATS["called"], tools=TOOLS)
+    assert "# Tools" in rendered
     assert "<tool_call>" in rendered
     assert "<|call|>" not in rendered
 

@@ -79,6 +79,12 @@ def test_text_around_calls_is_left(name):
     assert parse(f"{shown}\nDone.</s>") == ("I look it up.\n\nDone.", [("look_up", MILL)])
 
 
+def test_texts_around_a_call_stay_apart():
+    assert parse(f"a{FORMS['hermes']}b")[0] == "a\nb"
+    assert parse(f"a {FORMS['hermes']}\n\nb")[0] == "a b"
+    assert parse(f" {FORMS['hermes']} b")[0] == "b"
+
+
 @pytest.mark.parametrize(
     "written",
     [
@@ -177,6 +183,7 @@ def test_strings_in_arguments_may_hold_anything():
         written = json.dumps(call or {"name": "look_up", "arguments": arguments}, ensure_ascii=False)
         shown = FORMS[name].replace(AS_JSON, written)
         assert parse(shown) == ("", [("look_up", arguments)])
+        assert "".join(streamed(f"{shown}\nDone.")) == "Done."
     with_line_break = '<tool_call>{"name": "look_up", "arguments": {"word": "a\nb"}}</tool_call>'
     assert parse(with_line_break) == ("", [("look_up", {"word": "a\nb"})])
 
