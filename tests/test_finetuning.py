@@ -22,11 +22,12 @@ from rag_blockcache import BlockCache
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.finetuning import finetune, mask
 from rag_blockcache.finetuning.examples import QuestionExample
+from rag_blockcache.finetuning.held_out import measure
 from rag_blockcache.finetuning.mask import Masks
 from rag_blockcache.finetuning.network import choose_attention
 from rag_blockcache.finetuning.packing import IGNORED, Row, collate
 from rag_blockcache.finetuning.recipe import Recipe
-from rag_blockcache.finetuning.samples import SampleMaker
+from rag_blockcache.finetuning.samples import Sample, SampleMaker
 from rag_blockcache.finetuning.trainer import answer_logits, answer_places, distance_to
 from rag_blockcache.passage_format import PassageFormat
 from rag_blockcache.passages import Passage
@@ -72,10 +73,20 @@ def distance(one, other):
     return float((one - other).norm() / other.norm())
 
 
-NAMES = ["llama", "llama-multi-query", "mistral-window", "qwen2-window", "gemma2", "gemma3", "cohere2", "glm"]
+NAMES = [
+    "llama",
+    "llama-multi-query",
+    "mistral-window",
+    "qwen2-window",
+    "gemma2",
+    "gemma3",
+    "cohere2",
+    "glm",
+    "granite",
+]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "phi3-partial", "granite", "smollm3", "olmo2", "mixtral"])
+@pytest.mark.parametrize("name", [*NAMES, "phi3-partial", "smollm3", "olmo2", "mixtral"])
 @pytest.mark.parametrize("padded_to", [None, 1024], ids=["unpadded", "padded"])
 def test_training_computes_the_logits_that_serving_computes(name, padded_to, tiny_tokenizer):
     network = architectures.accepted(name)
@@ -114,6 +125,39 @@ def test_flex_attention_gives_the_logits_of_a_dense_mask(name, monkeypatch, tiny
     flexible = Masks(dense._windows, "flex")
     for given, wanted in zip(row_logits(network, row, flexible, 512), expected, strict=True):
         assert distance(given, wanted) < FLOAT32
+
+
+def test_what_is_measured_is_what_serving_would_say(tiny_tokenizer):
+    network = architectures.accepted("llama")
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+
+    def likeliest(question, mode, passages=EXAMPLES[2].passages):
+        return int(cache.first_logits(question, passages, policy=mode).argmax())
+
+    question = next(
+        f"No. {n}?" for n in range(99) if likeliest(f"No. {n}?", "block") != likeliest(f"No. {n}?", "full")
+    )
+    examples = [*EXAMPLES[:2], dataclasses.replace(EXAMPLES[2], question=question)]
+    expected, samples = {"eval_exact_block": 1 / 3, "eval_exact_full": 0.0}, []
+    for mode in ("block", "full"):
+        made = [maker_for(tiny_tokenizer).make(example, mode, None) for example in examples]
+        # The answer to the last one is a token, the one that greedy decoding gives over blocks.
+        kept = len(made[2].token_ids) - made[2].num_answer
+        token_ids = np.array([*made[2].token_ids[:kept], likeliest(question, "block")], dtype=np.int32)
+        made[2] = Sample(token_ids, made[2].block_ids[: kept + 1], 1, mode)
+        # That to the first one begins with such a token, and goes on with others.
+        begun = likeliest(examples[0].question, mode, examples[0].passages)
+        made[0].token_ids[-made[0].num_answer] = begun
+        said = [sample.token_ids[-sample.num_answer :].tolist() for sample in made]
+        scores = [
+            cache.score(example.question, example.passages, answer, policy=mode)
+            for example, answer in zip(examples, said, strict=True)
+        ]
+        expected[f"eval_loss_{mode}"] = -float(torch.cat(scores).mean())
+        samples += made
+    rows = [Row.of(samples[:4]), Row.of(samples[4:])]
+    measured = measure(network, rows, choose_attention(cache.model, "sdpa"), torch.device("cpu"), None)
+    assert measured == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.gpu
@@ -296,7 +340,10 @@ def test_a_killed_run_goes_on_with_the_same_data_to_the_same_weights(damage, fol
     if damage:  # killed while it was written: its state is missing, and its weights are cut
         (checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
         (checkpoints / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"cut")
-    resumed = finetune(killed)
+    lines = []
+    resumed = finetune(killed, tell=lines.append)
+    steps = [line.partition(" of ")[0] for line in lines if line.startswith("step ")]
+    assert steps == [f"step {step}" for step in range(3 if damage else 5, 7)]
     for (name, one), other in zip(
         weights_in(tmp_path / "straight").items(), weights_in(tmp_path / "killed").values(), strict=True
     ):
@@ -468,3 +515,31 @@ def test_a_model_can_learn_from_its_own_answers_and_goes_on_with_those_it_gave(f
     assert "answered 2 of 2 questions" in second
     for name, weight in weights_in(tmp_path / "run").items():
         assert torch.equal(weight, weights_in(tmp_path / "again")[name]), name
+
+
+def test_a_model_that_teaches_itself_agrees_with_itself_and_one_taught_by_its_base_drifts(folder, tmp_path):
+    apart = {}
+    for teacher in ("base", "itself"):
+        recipe = recipe_in(folder, tmp_path / teacher, distill=0.5, teacher=teacher, modes="full", steps=3)
+        last = finetune(recipe).history[-1]
+        apart[teacher] = last["loss"] - 0.5 * last["loss_full"]  # half the distance to the teacher
+    assert abs(apart["itself"]) < 1e-5
+    assert apart["base"] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.real_weights
+def test_training_computes_the_logits_that_serving_computes_on_real_weights(smollm2_path):
+    texts = ["Ada Lovelace wrote the notes on the engine.", "The mill has a thousand columns.", "It rains."]
+    example = QuestionExample("Who wrote the notes?", tuple(map(Passage, texts)), (True,) * 3, "Ada Lovelace")
+    with BlockCache(smollm2_path, None, dtype="float32", device="cpu") as cache:
+        made = SampleMaker(
+            cache.tokenizer, (2,), passage_format="paper", preamble=None, min_passages=1, max_tokens=2000
+        )
+        modes = ("block", "full")
+        served = [cache.first_logits(example.question, example.passages, policy=mode) for mode in modes]
+        masks = choose_attention(cache.model, "sdpa")
+        row = Row.of([made.make(example, mode, None) for mode in modes])
+        for logits, expected in zip(row_logits(cache.model.network, row, masks), served, strict=True):
+            assert distance(logits[0], expected) < FLOAT32
+        assert distance(*served) > 100 * FLOAT32
