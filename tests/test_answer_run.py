@@ -14,6 +14,7 @@ from rag_blockcache.evaluation.arms import FULL_ARM, NO_PASSAGES, Arm, parse_arm
 from rag_blockcache.evaluation.engines import Engines
 from rag_blockcache.evaluation.predictions import PredictionLog
 from rag_blockcache.evaluation.qa_examples import read_row
+from rag_blockcache.evaluation.teacher_forcing import TeacherForcing
 from rag_blockcache.model import Model
 
 ARMS = parse_arms("block,link-4,block/unmoved,block/conditioned")
@@ -207,6 +208,25 @@ def test_an_answer_on_record_is_the_one_that_later_arms_are_compared_along(engin
         assert log.get(example.key, "block").divergence == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_what_is_on_record_is_not_written_again_when_it_shares_a_batch(engines, examples, tmp_path):
+    log = PredictionLog(tmp_path, {})
+    run = AnswerRun(engines, [FULL_ARM, NO_PASSAGES], log, max_new_tokens=TOKENS)
+    run.measure(examples[:1])
+    run.measure(examples[:3])
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_row_ends_behind_the_answer_that_it_must_write():
+    seen = []
+    forcing = TeacherForcing({1: [5, 6]}, 3, lambda step, scores: seen.append((step, scores.exp().sum(-1))))
+    scores = torch.randn(2, 9)
+    chosen = [forcing(torch.empty(0), scores) for _ in range(4)]
+    assert [int(each[1].argmax()) for each in chosen] == [5, 6, 3, 3]
+    assert all(torch.equal(each[0], scores[0]) for each in chosen)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    torch.testing.assert_close(seen[0][1], torch.ones(2))
+
+
 def test_a_repeated_passage_cannot_be_left_unmoved(engines, examples):
     twice = dataclasses.replace(
         examples[0], passages=examples[0].passages * 2, is_gold=examples[0].is_gold * 2, variant="twice"
@@ -242,3 +262,13 @@ def test_arms_share_an_engine_when_their_blocks_are_the_same():
     assert engines[0] == engines[1] == engines[2]
     assert engines[4] == engines[5]
     assert len(set(engines)) == 3
+
+
+def test_answers_are_greedy_whatever_the_generation_configuration_says(engines, examples, monkeypatch):
+    usual = measure(engines, examples)
+    for name, value in {"do_sample": True, "repetition_penalty": 1.8, "num_beams": 2, "top_k": 3}.items():
+        monkeypatch.setattr(engines.plain.model.network.generation_config, name, value)
+    found = measure(engines, examples)
+    for example in examples:
+        assert found("block", example).token_ids == usual("block", example).token_ids
+        assert found("block", example).divergence == usual("block", example).divergence

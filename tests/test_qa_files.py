@@ -142,8 +142,10 @@ def test_the_key_of_an_example_changes_with_everything_that_an_answer_depends_on
     key = read_row(row, dataset="x").key
     assert key == read_row(dict(row), dataset="x").key
     reordered = {**row, "passages": row["passages"][::-1]}
+    edited = {**row, "passages": [{**each, "text": each["text"] + "!"} for each in row["passages"]]}
     for other in (
         reordered,
+        edited,
         {**row, "question": "Why?"},
         {**row, "answers": ["no"]},
         {**row, "dataset": "y"},

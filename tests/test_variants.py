@@ -1,5 +1,7 @@
 """Questions are asked with fewer, more, reordered and repeated passages, the same in every run."""
 
+import dataclasses
+
 import pytest
 import qa_data
 
@@ -54,6 +56,16 @@ def test_more_passages_come_from_other_questions_and_hold_no_answer(examples):
     assert not any(contains_answer(passage.text, examples[0].answers) for passage in added)
     assert sum(map(bool, more.is_gold)) == 1
     assert more.variant == "5 passages"
+
+
+def test_a_passage_of_another_question_that_holds_the_answer_is_not_added(examples):
+    asked = with_num_passages(examples[1], 1, [])
+    asked = dataclasses.replace(asked, answers=("Ruth Hale", "two feet"))
+    others = [read_row(row, dataset="village") for row in qa_data.rows(6)]  # some of them hold one of these
+    more = with_num_passages(asked, 4, others)
+    assert not any(contains_answer(each.text, asked.answers) for each in more.passages)
+    with pytest.raises(InvalidInputError, match="have 3 without its answer"):
+        with_num_passages(asked, 5, others)
 
 
 def test_too_few_passages_to_add_are_an_error_that_counts_them(examples):
