@@ -438,6 +438,7 @@ def test_an_evaluation_of_the_users_own_serves_the_model_in_training(folder, tmp
 
     report = finetune(recipe_in(folder, tmp_path / "run"), evaluate=evaluate)
     assert [entry["step"] for entry in report.history if "eval_score" in entry] == [0, 3, 6]
+    assert [entry["step"] for entry in report.history if "loss" in entry] == list(range(1, 7))
     assert scores[-1] > scores[0]
 
 

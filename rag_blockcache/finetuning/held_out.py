@@ -73,7 +73,9 @@ class Evaluations(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure if it is time to."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            is_loss_due = control.should_log
             self._run(state.global_step)
+            control.should_log = is_loss_due  # logging what was measured has unset it
 
     def _run(self, step: int) -> None:
         network = self.trainer.model_wrapped
