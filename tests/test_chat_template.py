@@ -306,6 +306,12 @@ def test_a_template_that_knows_tools_has_its_way_with_them(template, chat):
     assert render(template, messages, tools=TOOLS) == native(template, messages, tools=TOOLS)
 
 
+def test_a_message_that_only_calls_tools_says_nothing():
+    rendered = render("content beside calls", TOOL_CHATS["called"], tools=TOOLS)
+    expected = [user("a"), assistant("", "look_up"), result("r")]
+    assert rendered == native("content beside calls", expected, tools=TOOLS)
+
+
 def test_arguments_are_given_as_the_template_takes_them():
     for given in ({"word": "mill"}, '{"word": "mill"}'):
         call = {"type": "function", "id": "a", "function": {"name": "look_up", "arguments": given}}
