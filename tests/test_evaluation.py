@@ -280,7 +280,9 @@ def test_plots_are_the_same_bytes_for_the_same_numbers(options):
     assert answer_plots.plots(report) == first
 
 
-def test_it_runs_without_the_libraries_of_the_command_line_and_of_the_index(tiny_model_path, benchmarks):
+def test_it_runs_without_the_libraries_of_the_command_line_and_of_the_index(
+    tiny_model_path, benchmarks, tmp_path
+):
     script = (
         "import runpy, sys\n"
         "index = ['faiss', 'sentence_transformers', 'semantic_text_splitter']\n"
@@ -299,7 +301,7 @@ def test_it_runs_without_the_libraries_of_the_command_line_and_of_the_index(tiny
         "4",
     ]
     result = subprocess.run(
-        [sys.executable, "-c", script, *arguments, "--passage_format", "plain", "--device", "cpu"],
+        [sys.executable, "-c", script, *arguments, "--passage-format", "plain", "--report", str(tmp_path)],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TQDM_DISABLE": "1"}, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -310,12 +312,14 @@ def test_it_runs_without_the_libraries_of_the_command_line_and_of_the_index(tiny
         "link-16",
     ]
     assert "2/2 questions" in result.stderr
+    assert "the report has no plots: plots need matplotlib" in result.stderr
+    assert "<svg" not in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_batches_are_bounded_by_questions_and_by_padded_tokens():
-    pending = [(str(number), length) for number, length in enumerate([10, 10, 10, 90, 10, 200, 10])]
+    pending = [(str(number), length) for number, length in enumerate([10, 10, 10, 90, 10, 10, 200])]
     assert [len(batch) for batch in _batches(pending, 3, None)] == [3, 3, 1]
-    assert [len(batch) for batch in _batches(pending, 9, 100)] == [3, 1, 1, 1, 1]
+    assert [len(batch) for batch in _batches(pending, 9, 100)] == [3, 1, 2, 1]
     assert [name for batch in _batches(pending, 2, 150) for name in batch] == list("0123456")
 
 
@@ -337,3 +341,21 @@ def test_timed_questions_are_spread_over_all():
 def test_a_result_quotes_the_command_without_folders_of_this_machine(monkeypatch, typed, quoted):
     monkeypatch.setattr(sys, "argv", typed)
     assert typed_command() == quoted
+
+
+@pytest.mark.real_weights
+def test_a_real_model_comes_closer_to_full_attention_the_more_is_computed_again(smollm2_path, benchmarks):
+    report = evaluate(
+        EvaluationOptions(
+            model=str(smollm2_path),
+            data=benchmarks[:1],
+            policies="block,link-4,link-16",
+            num_passages=[5],
+            max_new_tokens=12,
+            timed=0,
+            device="cpu",
+        )
+    )
+    rows = {row["arm"]: row for row in report.rows}
+    assert 0 < rows["block"]["fidelity"] < rows["link-4"]["fidelity"] < rows["link-16"]["fidelity"] < 1
+    assert rows["no-passages"]["accuracy"] < rows["full"]["accuracy"]  # it does read them

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rag_blockcache.errors import MissingDependencyError
 from rag_blockcache.evaluation.answer_plots import plots
 from rag_blockcache.evaluation.answer_summary import AnswerReport
+
+logger = logging.getLogger(__name__)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
@@ -26,8 +30,19 @@ KL(full, no passages), each summed over the tokens of full attention's own greed
 same token likeliest. <b>Computed again</b>: share of passage tokens that the prefill pass computes.
 <b>First token</b>: median seconds of questions asked alone, blocks in memory.</p>
 <p>Intervals hold 95 % of 2,000 paired bootstrap resamples of the questions. A difference whose interval holds
-zero is not one that these questions show.</p>
+zero is not one that these questions show. Where all of a few questions came out alike, no resample shows how
+unsure that is: mind their number.</p>
 """
+_SLICES = {
+    "gold_position": "place of gold",
+    "num_passages": "passages",
+    "arm": "policy",
+    "num_questions": "questions",
+    "accuracy": "accuracy",
+    "accuracy_interval": "95 %",
+    "fidelity": "fidelity",
+    "fidelity_interval": "95 %",
+}
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <title>What reuse costs in answers</title>
@@ -47,17 +62,19 @@ def write_report(report: AnswerReport, command: str, directory: Path | str) -> P
         directory: Is made if it is not there.
 
     Returns:
-        Path of the page.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed; the numbers are written by then.
+        Path of the page; where matplotlib is not installed, it goes without plots, and the log says so.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     result = {"command": command, **report.to_json()}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     path = folder / "index.html"
-    path.write_text(page(report, command, plots(report)), encoding="utf-8")
+    try:
+        drawn = plots(report)
+    except MissingDependencyError as error:
+        logger.warning("the report has no plots: %s", error)
+        drawn = {}
+    path.write_text(page(report, command, drawn), encoding="utf-8")
     return path
 
 
@@ -76,7 +93,9 @@ def page(report: AnswerReport, command: str, drawn: Mapping[str, str]) -> str:
             for each in report.comparisons
             if (each["dataset"], each["variant"]) == (dataset, variant) and each["is_clear"]
         ]
-        parts.append(_folded(f"{len(clear)} differences that these questions show", clear))
+        parts.append(_folded(f"{len(clear)} differences that these questions show", clear, _DIFFERENCES))
+    for sliced, what in ((report.by_gold_position, "place of gold"), (report.by_num_passages, "passages")):
+        parts.append(_folded(f"By {what}", sliced, _SLICES) if sliced else "")
     parts += [f"<figure>{svg[svg.index('<svg') :]}</figure>" for svg in drawn.values()]
     return _PAGE.format(style=_STYLE, body="\n".join(parts))
 
@@ -105,8 +124,8 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _folded(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    table = _table(rows, _DIFFERENCES) if rows else ""
+def _folded(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    table = _table(rows, columns) if rows else ""
     return f"<details><summary>{_escaped(title)}</summary>{table}</details>"
 
 
