@@ -187,7 +187,7 @@ def with_tools_shown(messages: Sequence[Message], tools: Tools) -> list[Message]
     call = f'{HERMES.before}<name>{HERMES.middle}{{"<argument>": <value>, ...}}{HERMES.after}'
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     shown: Message = {"role": "system", "content": _INTRODUCTION.format(tools=lines, call=call)}
-    if messages[0]["role"] == "system":
+    if messages and messages[0]["role"] == "system":
         return [_joined(messages[0], shown), *messages[1:]]
     return [shown, *messages]
 

@@ -91,9 +91,7 @@ TEMPLATES = {
     "json arguments": JSON_ARGUMENTS,
     "json only": JSON_ONLY,
     "unseen calls": QWEN.replace("elif message.tool_calls", "elif message.content is none"),
-    "content beside calls": QWEN.replace(
-        "{% if message.content %}\n{{ message.content }}{% endif %}", "\n{{ message.content }}"
-    ),
+    "content beside calls": QWEN.replace(_IF_SAID, "!{{ '' + message.content }}"),
     "foreign calls": FOREIGN,
     "base": None,
 }
