@@ -35,6 +35,7 @@ from llama_index.core.schema import MetadataMode, TextNode
 from llama_index.core.tools import RetrieverTool, ToolMetadata
 from llama_index_pipelines import Seen, Setup, own_settings, recorded, stories, tiny_llm
 from pydantic import BaseModel, Field
+from rag_blockcache.integrations.llama_index import BlockCacheLLM
 
 pytestmark = [
     pytest.mark.usefixtures(own_settings.__name__),
@@ -252,6 +253,17 @@ def test_a_flow_whose_passages_nobody_prefilled_reuses_them_at_the_next_question
     again = run(flow, setup, variant)
     found = [text for call in again for text in occurrences(texts, call.prompt)]
     assert sum(call.counts["num_hits"] for call in again) == len(found)
+
+
+@pytest.mark.real_weights
+def test_a_real_model_answers_right_from_reused_passages(smollm2_path, tmp_path):
+    real = BlockCacheLLM(model_name=smollm2_path, cache_dir=tmp_path, max_new_tokens=24, policy="block")
+    engine = Setup(real, stories()).query_engine()
+    with recorded() as calls:
+        answers = [str(engine.query("In which year was the lighthouse built?")) for _ in range(2)]
+    assert [call.counts["num_hits"] for call in calls] == [0, 3]
+    assert all("1854" in answer for answer in answers)
+    real.engine.close()
 
 
 if __name__ == "__main__":

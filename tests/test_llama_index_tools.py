@@ -1,7 +1,6 @@
 """Tools and structured predictions through LlamaIndex's own methods.
 
-Models here have random weights, so calls are forced and lengths bounded; whatever they write must then be
-valid. What a model does by its own choice is tested on real weights.
+The model has random weights, so calls are forced and lengths bounded; whatever it writes must then be valid.
 """
 
 from __future__ import annotations
