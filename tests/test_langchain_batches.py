@@ -129,6 +129,16 @@ def test_each_input_of_a_batch_keeps_its_config():
     assert model.engine.batch_sizes == [3, 3]
 
 
+def test_a_batch_has_the_order_of_its_inputs():
+    class Late(BaseCallbackHandler):
+        def on_chat_model_start(self, *_, **__):
+            time.sleep(0.05)
+
+    model = scripted_chat()
+    model.batch(["a", "b", "c"], [{"callbacks": [Late()]}, {}, {}])
+    assert [request.messages[0]["content"] for request, _ in model.engine.asked] == ["a", "b", "c"]
+
+
 def test_a_bad_input_does_not_spoil_a_batch():
     model = scripted_chat()
     noted = Noted()
@@ -241,8 +251,8 @@ def test_eight_coroutines_get_their_own_answers_while_the_event_loop_runs_on(cha
             return await slow.abatch(questions)
         return await asyncio.gather(*map(slow.ainvoke if asks == "ainvoke" else streamed, questions))
 
-    stalls = []
-    for _ in range(3):  # another process may keep the CPU once
+    stalls: list[float] = []
+    while len(stalls) < 6 and min(stalls, default=1) > 0.05:  # other processes may keep the CPU now and then
         answers, stall = asyncio.run(longest_stall(ask_all()))
         assert [message.content for message in answers] == one_by_one
         stalls.append(stall)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 
@@ -404,6 +405,39 @@ def test_structured_output_is_an_object_of_the_schema(schema, expected, method, 
         parameters = request.response_schema
     assert set(parameters["properties"]) == {"setup", "punchline"}
     assert parameters.get("additionalProperties") == (False if strict else None)
+
+
+class Verdict(BaseModel):
+    """What somebody thinks."""
+
+    is_good: bool
+    reason: Literal["size", "price"]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
+def test_even_random_weights_keep_to_a_schema(chat, method):
+    structured = chat.with_structured_output(Verdict, method=method)
+    verdicts = [
+        structured.invoke("Well?", max_tokens=100),
+        list(structured.stream("Well?", max_tokens=100))[-1],
+        asyncio.run(structured.ainvoke("Well?", max_tokens=100)),
+        *structured.batch(["Well?", "And then?"], max_tokens=100),
+    ]
+    assert all(isinstance(verdict, Verdict) for verdict in verdicts)
+
+
+def test_even_random_weights_call_the_tool_that_they_must(chat):
+    caller = chat.bind_tools([weather, Verdict], tool_choice="Verdict").bind(max_tokens=100)
+    first, *rest = caller.stream("Well?")
+    for message in (caller.invoke("Well?"), sum(rest, first)):
+        assert [call["name"] for call in message.tool_calls] == ["Verdict"]
+        Verdict(**message.tool_calls[0]["args"])
+
+
+def test_an_agent_gives_a_structured_response(chat):
+    agents = pytest.importorskip("langchain.agents")
+    agent = agents.create_agent(chat.model_copy(update={"max_tokens": 100}), [], response_format=Verdict)
+    assert isinstance(agent.invoke({"messages": [("human", "Well?")]})["structured_response"], Verdict)
 
 
 def test_what_was_said_is_included_if_asked_for():
