@@ -276,18 +276,9 @@ def test_what_no_text_model_can_read_is_refused(message):
 
 
 def test_documents_become_passages():
-    given = [
-        Document("Text.", metadata={"title": "Title"}, id="7"),
-        "Text.",
-        Passage("Own."),
-        Document(" "),
-        "",
-    ]
-    assert passages(given) == [
-        Passage("Text.", title="Title", passage_id="7"),
-        Passage("Text."),
-        Passage("Own."),
-    ]
+    named, own = Document("Text.", metadata={"title": "Title"}, id="7"), Passage("Own.")
+    expected = [Passage("Text.", passage_id="7"), Passage("Text."), own]
+    assert passages([named, "Text.", own, Document(" "), ""]) == expected
     with pytest.raises(InvalidInputError, match="int"):
         passages([5])
 

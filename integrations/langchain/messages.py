@@ -33,9 +33,10 @@ _ROLES: dict[type[BaseMessage], str] = {
     ToolMessage: "tool",
     FunctionMessage: "tool",
 }
-# What an assistant's content may hold beside text: its calls stand in ``tool_calls``, its thoughts are not
-# part of a conversation.
-_NOT_SHOWN = {"tool_call", "tool_use", "function_call", "reasoning", "thinking", "redacted_thinking"}
+# What an assistant's content may hold beside text: its calls stand in ``tool_calls``, its thoughts and what a
+# provider's servers did are not part of a conversation.
+_NOT_SHOWN = {"tool_call", "tool_use", "function_call", "invalid_tool_call", "server_tool_call"}
+_NOT_SHOWN |= {"server_tool_result", "reasoning", "thinking", "redacted_thinking"}
 
 
 def chat_messages(messages: Iterable[BaseMessage]) -> list[dict[str, Any]]:
@@ -210,5 +211,4 @@ def _passage(document: str | Document) -> Passage:
         raise InvalidInputError(
             f"documents hold a {type(document).__name__}; pass LangChain Documents, strings or passages"
         )
-    title = document.metadata.get("title") or ""
-    return Passage(document.page_content, title=str(title), passage_id=document.id or "")
+    return Passage(document.page_content, passage_id=document.id or "")  # as the vector store prefills it
