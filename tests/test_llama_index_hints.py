@@ -21,6 +21,8 @@ from rag_blockcache.integrations.llama_index.hints import (
     watch_requests,
 )
 
+from rag_blockcache import SharedCache
+
 pytestmark = pytest.mark.usefixtures(own_settings.__name__)
 
 
@@ -48,17 +50,16 @@ def test_the_number_of_a_citation_is_no_part_of_its_passage():
 
 @pytest.fixture
 def hints_of_calls(monkeypatch) -> list[tuple[str, ...]]:
-    """Return a list that fills with the hints that each call of a tiny LLM gets."""
+    """Return a list that fills with the hints that requests to an engine have."""
     seen: list[tuple[str, ...]] = []
-    made = tiny_llm()
-    whole = type(made)._call
+    for name in ("answer", "stream_answer"):  # the asynchronous methods end in the second
+        whole = getattr(SharedCache, name)
 
-    def call(self, *arguments):
-        fields, options = whole(self, *arguments)
-        seen.append(tuple(fields["hints"]))
-        return fields, options
+        def noted(self, request, whole=whole, **options):
+            seen.append(tuple(request.hints))
+            return whole(self, request, **options)
 
-    monkeypatch.setattr(type(made), "_call", call)
+        monkeypatch.setattr(SharedCache, name, noted)
     return seen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import doctest
 import importlib
+import pickle
 import sys
 import time
 
@@ -183,9 +184,10 @@ def test_stop_strings_and_the_length_of_an_answer_can_be_set_per_call():
 
 
 def test_options_of_every_call_give_way_to_those_of_one_call():
-    llm = full_llm(generate_kwargs={"max_new_tokens": 3})
-    counts = [llm.complete("a", formatted=True, **options) for options in ({}, {"max_new_tokens": 5})]
-    assert [response.additional_kwargs["completion_tokens"] for response in counts] == [3, 5]
+    llm = full_llm(generate_kwargs={"max_tokens": 3})
+    given = [{}, {"max_new_tokens": 5}, {"max_tokens": 4}, {"max_tokens": None}]
+    responses = [llm.complete("a", formatted=True, **options) for options in given]
+    assert [response.additional_kwargs["completion_tokens"] for response in responses] == [3, 5, 4, 3]
 
 
 def test_stopping_ids_end_an_answer_beside_the_models_own():
@@ -207,7 +209,7 @@ def test_stopping_ids_end_an_answer_beside_the_models_own():
     ],
 )
 def test_an_option_of_sampling_asks_for_sampling(given, sampled):
-    assert call_options(given, ())[1] == sampled
+    assert call_options(given)[1] == sampled
 
 
 def test_a_temperature_makes_answers_differ_and_zero_does_not():
@@ -456,6 +458,14 @@ def test_an_llm_is_written_and_read_as_other_components(tiny_model_path):
     again = BlockCacheLLM.from_json(llm.to_json())
     assert again.to_dict() == llm.to_dict()
     assert again.engine.model_name == str(tiny_model_path)
+
+
+def test_an_llm_and_its_tokenizer_go_to_other_processes(tiny_model_path):
+    llm = BlockCacheLLM(model_name=tiny_model_path, max_new_tokens=3)
+    again = pickle.loads(pickle.dumps(llm))
+    assert again.engine.model_name == llm.engine.model_name
+    tokenizer = pickle.loads(pickle.dumps(Settings.tokenizer))
+    assert tokenizer("a b") == Settings.tokenizer("a b")
 
 
 def test_an_llm_is_an_llm():

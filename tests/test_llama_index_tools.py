@@ -153,6 +153,7 @@ def test_a_messages_to_prompt_of_the_user_has_no_place_for_tools():
     llm = tiny_llm(messages_to_prompt=lambda messages: "...")
     with pytest.raises(InvalidInputError, match="messages_to_prompt has no place for tools"):
         llm.chat_with_tools(TOOLS, "Which ship?")
+    assert llm.chat_with_tools(TOOLS, "Which ship?", tool_choice="none", max_tokens=2).raw
 
 
 # Structured predictions

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -17,26 +15,24 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
 )
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.tools import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
-from rag_blockcache import Answer, Chat, SharedCache, Text
+from rag_blockcache import SharedCache
 from rag_blockcache.errors import InvalidInputError
 
-from .hints import current_hints, watch_requests
-from .messages import cited_texts, template_messages
-from .options import call_options, loading_options, tool_name
+from .hints import watch_requests
+from .options import loading_options, tool_name
 from .prompt_helper import ModelTokenizer, use_in_settings
+from .requests import as_text, chat_call, completion_call
 from .responses import (
     astreamed,
     chat_piece,
-    chat_response,
     completion_piece,
     completion_response,
     streamed,
@@ -161,49 +157,49 @@ class BlockCacheLLM(SchemaLLM):
             num_output=self.max_new_tokens,
             is_chat_model=is_chat,
             is_function_calling_model=calls,
-            model_name=self._engine.model_name,
+            model_name=self.model_name or self._engine.model_name,
         )
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer messages."""
-        request, options, whole = self._chat_call(messages, kwargs)
-        return whole(self._engine.answer(request, **options))
+        request, options, to_response = chat_call(self, messages, kwargs)
+        return to_response(self._engine.answer(request, **options))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer messages, piece by piece; the last response has the calls of tools, and the counts."""
-        request, options, whole = self._chat_call(messages, kwargs)
-        return streamed(self._engine.stream_answer(request, **options), chat_piece, whole)
+        request, options, to_response = chat_call(self, messages, kwargs)
+        return streamed(self._engine.stream_answer(request, **options), chat_piece, to_response)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer messages; the event loop goes on meanwhile."""
-        request, options, whole = self._chat_call(messages, kwargs)
-        return whole(await self._engine.aanswer(request, **options))
+        request, options, to_response = chat_call(self, messages, kwargs)
+        return to_response(await self._engine.aanswer(request, **options))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Answer messages, piece by piece; the event loop goes on meanwhile."""
-        request, options, whole = self._chat_call(messages, kwargs)
-        return astreamed(self._engine.astream_answer(request, **options), chat_piece, whole)
+        request, options, to_response = chat_call(self, messages, kwargs)
+        return astreamed(self._engine.astream_answer(request, **options), chat_piece, to_response)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Continue a prompt, or answer it if it is not formatted and the model is a chat model."""
-        request, options = self._completion_call(prompt, formatted, kwargs)
+        request, options = completion_call(self, prompt, formatted, kwargs)
         return completion_response(self._engine.answer(request, **options))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Complete a prompt, piece by piece; the last response has the counts."""
-        request, options = self._completion_call(prompt, formatted, kwargs)
+        request, options = completion_call(self, prompt, formatted, kwargs)
         return streamed(self._engine.stream_answer(request, **options), completion_piece, completion_response)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; the event loop goes on meanwhile."""
-        request, options = self._completion_call(prompt, formatted, kwargs)
+        request, options = completion_call(self, prompt, formatted, kwargs)
         return completion_response(await self._engine.aanswer(request, **options))
 
     @llm_completion_callback()
@@ -211,7 +207,7 @@ class BlockCacheLLM(SchemaLLM):
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """Complete a prompt, piece by piece; the event loop goes on meanwhile."""
-        request, options = self._completion_call(prompt, formatted, kwargs)
+        request, options = completion_call(self, prompt, formatted, kwargs)
         return astreamed(
             self._engine.astream_answer(request, **options), completion_piece, completion_response
         )
@@ -246,53 +242,7 @@ class BlockCacheLLM(SchemaLLM):
         }
 
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
-        return super()._get_messages(prompt, **_as_text(prompt_args))
+        return super()._get_messages(prompt, **as_text(prompt_args))
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        return super()._get_prompt(prompt, **_as_text(prompt_args))
-
-    def _chat_call(
-        self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]
-    ) -> tuple[Chat | Text, dict[str, Any], Callable[[Answer], ChatResponse]]:
-        """Return a request, the options of ``answer()``, and what makes a response of the answer."""
-        given = dict(kwargs)
-        whole = partial(chat_response, num_calls=None if given.pop("parallel_tool_calls", True) else 1)
-        fields, options = self._call(given, cited_texts(messages))
-        if self.messages_to_prompt in (None, generic_messages_to_prompt):
-            return Chat(template_messages(messages), **fields), options, whole
-        if fields.pop("tool_choice", "auto") != "none" and fields.pop("tools", ()):
-            raise InvalidInputError(
-                "messages_to_prompt has no place for tools; leave it out, and the chat template shows them"
-            )
-        return Text(self.messages_to_prompt(messages), **fields), options, whole
-
-    def _completion_call(
-        self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]
-    ) -> tuple[Chat | Text, dict[str, Any]]:
-        """Return a request, and the options of ``answer()``."""
-        fields, options = self._call(kwargs)
-        if formatted:
-            return Text(prompt, **fields), options
-        if self.query_wrapper_prompt is not None:
-            prompt = self.query_wrapper_prompt.format(query_str=prompt)
-        if self.completion_to_prompt not in (None, default_completion_to_prompt):
-            return Text(self.completion_to_prompt(prompt), **fields), options
-        system = [ChatMessage(self.system_prompt, role=MessageRole.SYSTEM)] if self.system_prompt else []
-        if self.metadata.is_chat_model:
-            return Chat(template_messages([*system, ChatMessage(prompt)]), **fields), options
-        return Text(f"{self.system_prompt}\n\n{prompt}" if self.system_prompt else prompt, **fields), options
-
-    def _call(
-        self, kwargs: Mapping[str, Any], texts: Sequence[str] = ()
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return fields of a request, with all hints there are, and options of ``answer()``."""
-        defaults = {"max_new_tokens": self.max_new_tokens, "policy": self.policy, **self.generate_kwargs}
-        fields, options = call_options({**defaults, **kwargs}, self.stopping_ids)
-        noted = current_hints() if self.uses_hints else ()
-        return {**fields, "hints": [*fields.get("hints", ()), *texts, *noted]}, options
-
-
-def _as_text(prompt_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo what SimpleSummarize does: it passes its context in a list, whose quotes the model would read."""
-    texts = prompt_args.get("context_str")
-    return {**prompt_args, "context_str": "\n".join(texts)} if isinstance(texts, list) else {**prompt_args}
+        return super()._get_prompt(prompt, **as_text(prompt_args))

@@ -39,29 +39,33 @@ def loading_options(
 
 
 def call_options(
-    given: Mapping[str, Any], stopping_ids: Sequence[int]
+    *given: Mapping[str, Any], stopping_ids: Sequence[int] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part the options of one call into those of the request and those of ``answer()``.
 
     Args:
-        given: ``stop`` and ``max_tokens`` are other names of ``stop_strings`` and ``max_new_tokens``. An
-            option of sampling asks for sampling; a temperature of 0 or None does not. What is unknown stays,
-            for the engine to refuse.
+        *given: Options, those of greater weight last. ``stop`` and ``max_tokens`` are other names of
+            ``stop_strings`` and ``max_new_tokens``. An option of sampling asks for sampling; a temperature of
+            0 or None does not. None otherwise is as if not given. What is unknown stays, for the engine to
+            refuse.
         stopping_ids: Tokens that end an answer, beside the model's own.
     """
-    options = {_ALIASES.get(name, name): value for name, value in given.items()}
+    options = {
+        _ALIASES.get(name, name): value
+        for each in given
+        for name, value in each.items()
+        if value is not None or name == "temperature"
+    }
     request = {name: options.pop(name) for name in _REQUEST if name in options}
     if "temperature" in options and not options["temperature"]:
-        options |= {"temperature": None, "do_sample": False}
-    if any(options.get(name) is not None for name in _SAMPLING):
+        del options["temperature"]
+        options["do_sample"] = False
+    if any(name in options for name in _SAMPLING):
         options.setdefault("do_sample", True)
     if stopping_ids:
-        criteria = options.get("stopping_criteria") or ()
+        criteria = options.get("stopping_criteria", ())
         options["stopping_criteria"] = [*criteria, EosTokenCriteria(list(stopping_ids))]
-    return (
-        {name: value for name, value in request.items() if value is not None},
-        {name: value for name, value in options.items() if value is not None},
-    )
+    return request, options
 
 
 def tool_name(tool_choice: str | Mapping[str, Any] | None, *, is_required: bool) -> str:

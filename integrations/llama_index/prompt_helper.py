@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from llama_index.core import Settings
@@ -20,6 +20,7 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate  # noqa:
 from llama_index.core.tools import BaseTool
 from llama_index.core.utilities.token_counting import TokenCounter
 from pydantic import PrivateAttr
+from transformers import PreTrainedTokenizerBase
 
 from rag_blockcache import SharedCache
 
@@ -44,6 +45,10 @@ class ModelTokenizer:
         token_ids: list[int] = self._engine.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return token_ids
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the tokenizer alone to another process, such as one that splits documents."""
+        return _encoder, (self._engine.tokenizer,)
+
     @cached_property
     def num_template_tokens(self) -> int:
         """How many tokens the chat template puts around a single message."""
@@ -54,6 +59,10 @@ class ModelTokenizer:
             [message], tokenize=False, add_generation_prompt=True
         )
         return len(self(str(rendered)))
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    return partial(tokenizer.encode, add_special_tokens=False, verbose=False)
 
 
 class _Counter(TokenCounter):
