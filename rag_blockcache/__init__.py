@@ -1,13 +1,14 @@
 """Answers over retrieved passages with the first token early: passages are prefilled once.
 
-Modules in reading order: ``passages`` (texts and their tokens), ``prompt`` (chat template to segments), with
-``passage_format``, ``chat_template`` and ``plain_text``; ``kv_states`` and ``rotary`` (what is stored, and
-how it moves); ``layers``, ``model`` and ``loading`` (what we need to know of a transformers model);
-``encoder`` (blocks to KV states); ``store`` (memory and disk); ``assembler`` (KV states to a context);
-``reuse``, ``plan`` and ``planner`` (which slots are computed again); ``generator`` (context to tokens);
-``block_source``, ``prefiller`` and ``block_cache`` (the public face). Beside them: ``retriever``,
-``manifest`` and ``jobs`` (documents to a prefilled index), ``matcher`` (known passages in any prompt),
-``evaluation`` (measurements), ``cli``.
+Modules in reading order: ``passages`` (texts and their tokens), ``request`` (what can be asked), ``prompt``
+(requests to segments), with ``passage_format``, ``chat_template``, ``plain_text``; ``kv_states``, ``rotary``
+(what is stored, and how it moves); ``layers``, ``model`` and ``loading`` (what we need to know of a model of
+transformers); ``encoder`` (blocks to KV states); ``store`` (memory and disk); ``assembler`` (KV states to a
+context); ``matcher`` (known passages in any prompt); ``reuse``, ``plan`` and ``planner`` (which slots are
+computed again); ``generator`` (context to tokens) and ``response`` (tokens to text, JSON and calls of tools);
+``block_source``, ``prefiller`` and ``block_cache`` (the public face), ``shared_cache`` (one for many). Beside
+them: ``retriever``, ``manifest``, ``jobs`` and ``prefilled_index`` (documents to a prefilled index),
+``evaluation``, ``finetuning``, ``cli``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rag_blockcache.answers import Answer
     from rag_blockcache.block_cache import BlockCache
     from rag_blockcache.passages import Passage
+    from rag_blockcache.prefilled_index import PrefilledIndex
     from rag_blockcache.request import Chat, Question, Text
     from rag_blockcache.shared_cache import SharedCache
     from rag_blockcache.tool_calls import ToolCall
@@ -28,6 +30,7 @@ _HOMES = {
     "BlockCache": "rag_blockcache.block_cache",
     "Chat": "rag_blockcache.request",
     "Passage": "rag_blockcache.passages",
+    "PrefilledIndex": "rag_blockcache.prefilled_index",
     "Question": "rag_blockcache.request",
     "SharedCache": "rag_blockcache.shared_cache",
     "Text": "rag_blockcache.request",
@@ -39,6 +42,7 @@ __all__ = [
     "BlockCache",
     "Chat",
     "Passage",
+    "PrefilledIndex",
     "Question",
     "SharedCache",
     "Text",

@@ -30,7 +30,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     @property
     def answer(self) -> Answer | None:
-        """The whole answer once all pieces were read, or what there is of it after ``aclose``; None before."""
+        """The whole answer once all pieces were read, what there is of it after ``aclose``; None before."""
         return None if self._pump is None else self._pump.answer
 
     async def __anext__(self) -> str:

@@ -54,7 +54,7 @@ def read_response(
     if not tools:
         return whole_text(model, token_ids, stop_strings), ()
     written = whole_text(model, token_ids, stop_strings, special=True)
-    text, calls = parse_tool_calls(written, tools, special_tokens=model.tokenizer.all_special_tokens)
+    text, calls = parse_tool_calls(written, tools, special_tokens=_special_tokens(model))
     return text, tuple(calls)
 
 
@@ -66,8 +66,13 @@ def response_pieces(
     if not tools:
         return text_pieces(model, tokens, stop_strings)
     written = text_pieces(model, tokens, stop_strings, special=True)
-    return text_without_calls(written, tools, special_tokens=model.tokenizer.all_special_tokens)
+    return text_without_calls(written, tools, special_tokens=_special_tokens(model))
 
 
 def _callable_tools(request: Request | None) -> Sequence[Mapping[str, Any]]:
     return request.tools if isinstance(request, Chat) and request.tool_choice != "none" else ()
+
+
+def _special_tokens(model: Model) -> list[str]:
+    """Return all that decoding leaves out as special; ``all_special_tokens`` holds only those with a role."""
+    return [token.content for token in model.tokenizer.added_tokens_decoder.values() if token.special]

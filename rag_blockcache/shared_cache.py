@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import weakref
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ class SharedCache:
     ) -> None:
         self._model, self._directory, self._options = model, directory, options
         place = None if directory is None else os.path.abspath(directory)
-        named = (_identity(model), place, *((name, _identity(options[name])) for name in sorted(options)))
+        chosen = {**_defaults(), **options}  # an option that is spelled out may be the one by default
+        named = (_identity(model), place, *((name, _identity(chosen[name])) for name in sorted(chosen)))
         with _lock:
             slot = _slots.get(named)
             if slot is None:
@@ -134,6 +136,12 @@ class SharedCache:
             cache, self._slot.cache = self._slot.cache, None
         if cache is not None:
             cache.close()
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    parameters = inspect.signature(BlockCache.__init__).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
 def _identity(value: Any) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from rag_blockcache.model import Model
 
-
 _OVERLAP = 16  # tokens that are decoded again with those behind them, so that spaces between them are right
 
 

@@ -188,10 +188,13 @@ def test_a_system_prompt_without_a_place_goes_before_the_first_message(template)
 @pytest.mark.parametrize("system_prompt", [None, "Be brief."])
 def test_messages_that_a_template_refuses_are_an_input_error(system_prompt):
     prompt = Prompt(byte_level(NO_SYSTEM_TEMPLATE))
-    with pytest.raises(InvalidInputError, match="alternate"):
-        prompt.segments(
-            "Who?", [], system_prompt=system_prompt, chat_history=[{"role": "user", "content": "Hello."}]
-        )
+    history = [
+        {"role": "user", "content": "Hello."},
+        {"role": "narrator", "content": "Hm."},
+        {"role": "assistant", "content": "Yes?"},
+    ]
+    with pytest.raises(InvalidInputError, match="the chat template refuses these messages"):
+        prompt.segments("Who?", [], system_prompt=system_prompt, chat_history=history)
 
 
 def test_tools_go_where_the_template_puts_them():

@@ -28,6 +28,11 @@ def test_equal_arguments_share_a_cache_and_others_do_not(tiny_model_path, tmp_pa
         assert other.get() is not one.get()
 
 
+def test_an_option_left_out_is_the_one_by_default(tiny_model_path):
+    one = SharedCache(tiny_model_path, None)
+    assert one.get() is SharedCache(tiny_model_path, None, salt="", admission="always", device=None).get()
+
+
 def test_a_loaded_model_is_equal_to_itself_alone(tiny_model, tiny_tokenizer, tiny_model_path):
     one, same = (SharedCache(tiny_model, None, tokenizer=tiny_tokenizer) for _ in range(2))
     assert one.get() is same.get()

@@ -149,7 +149,7 @@ def summarize(
         parts = [table for (_, each), table in tables.items() if each == variant]
         if len(parts) > 1:
             tables[AVERAGE, variant] = _Average(parts)
-    pooled = _pooled(groups.values(), names)
+    pooled = {name: [each for group in groups.values() for each in group[name]] for name in names}
     return AnswerReport(
         environment=environment,
         max_new_tokens=max_new_tokens,
@@ -261,12 +261,6 @@ def _shown(name: str, interval: Interval) -> dict[str, Any]:
     spread = f"{interval.low:.3f} to {interval.high:.3f}"
     values = {"": interval.value, "_low": interval.low, "_high": interval.high, "_interval": spread}
     return {name + end: value for end, value in values.items()}
-
-
-def _pooled(
-    groups: Sequence[Mapping[str, Answers]] | Any, arms: Sequence[str]
-) -> dict[str, list[Prediction]]:
-    return {name: [each for group in groups for each in group[name]] for name in arms}
 
 
 def _sliced(answers: Mapping[str, Answers], by: str, measures: Sequence[str]) -> list[dict[str, Any]]:

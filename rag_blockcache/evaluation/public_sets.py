@@ -75,6 +75,8 @@ def load_public(source: PublicSet, dataset: str, limit: int | None = None) -> li
             examples.append(read_row(row, dataset=dataset, number=number))
         except InvalidInputError as error:
             raise InvalidInputError(f"record {number} of {source.path} cannot be used: {error}") from error
+    if not examples:
+        raise InvalidInputError(f"{source.path} ({source.split}) has no records; name another split")
     return examples
 
 
