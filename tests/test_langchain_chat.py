@@ -182,6 +182,10 @@ def test_stop_strings_end_an_answer(chat):
     assert "".join(piece.content for piece in chat.stream("Hello", stop=[stop])) == whole[: whole.index(stop)]
 
 
+def test_a_call_may_say_whether_it_streams(chat):
+    assert chat.invoke("Hello", stream=True).content == chat.invoke("Hello", stream=False).content
+
+
 def test_a_stream_that_nobody_reads_on_is_closed():
     model = scripted_chat(answer("one two three"))
     stream = model.stream("Hello")
@@ -353,6 +357,7 @@ def test_calls_of_tools_are_in_the_message_and_in_the_last_chunk():
     one_call = model.bind_tools([weather, time_of], parallel_tool_calls=False)
     for message in (one_call.invoke("Hello"), list(one_call.stream("Hello"))[-1]):
         assert [call["name"] for call in message.tool_calls] == ["weather"]
+        assert "parallel_tool_calls" not in last_asked(model)[1]
 
 
 # Structured output
