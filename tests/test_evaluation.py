@@ -15,6 +15,10 @@ import pytest
 import qa_data
 from typer.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+
+import generate_benchmarks
+
 from rag_blockcache.cli import app
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation import answer_plots
@@ -218,6 +222,10 @@ def test_the_command_writes_a_report_that_needs_nothing_beside_it(tiny_model_pat
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found == json.loads((folder / "result.json").read_text())
+    drawn = generate_benchmarks.table(found, ["dataset", "arm", "fidelity", "recomputed"])
+    assert (
+        drawn.count("| no-passages | 0.00 |  |") == 6
+    )  # two benchmarks and their average, of two lengths each
     assert (found["model"], found["passage_format"]) == (tiny_model_path.name, "plain")
     assert str(tmp_path) not in result.stdout  # results are committed: no folders of this machine
     page = (folder / "index.html").read_text(encoding="utf-8")

@@ -16,10 +16,9 @@ from rag_blockcache.cli.progress import ProgressBar
 from rag_blockcache.cli.units import format_count, format_value
 from rag_blockcache.jobs.progress import JobProgress
 
-_SHOWN = (
-    "dataset", "variant", "arm", "num_questions", "fidelity", "fidelity_interval", "agreement", "accuracy",
-    "accuracy_interval", "recomputed", "ttft_seconds",
-)  # fmt: skip
+# What fits a terminal; the report has the rest.
+_SHOWN = ["dataset", "variant", "arm", "fidelity", "fidelity_interval", "agreement", "accuracy", "recomputed"]
+_SHOWN += ["ttft_seconds"]
 
 
 def evaluate(
@@ -130,10 +129,11 @@ def _progress(num_done: int, num_total: int, seconds: float) -> JobProgress:
 
 def _table(result: dict[str, Any]) -> Table:
     headings = {key: name for key, name in result["columns"].items() if key in _SHOWN}
-    kept = {key: name for key, name in headings.items() if any(row.get(key) for row in result["rows"])}
-    table = Table(box=None, pad_edge=False)
+    told = {key for row in result["rows"] for key, value in row.items() if value not in (None, "")}
+    kept = {key: name for key, name in headings.items() if key in told}
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in kept.values():
         table.add_column(name, justify="right", overflow="fold")
     for row in result["rows"]:
-        table.add_row(*(Text(format_value(key, row.get(key))) for key in kept))
+        table.add_row(*(Text(format_value(key, row[key])) for key in kept))
     return table

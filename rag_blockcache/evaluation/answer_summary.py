@@ -93,7 +93,8 @@ class AnswerReport:
         """Return everything as plain values, with the headings of a table of ``rows``."""
         shown = {name: value for name, value in _COLUMNS.items() if any(name in row for row in self.rows)}
         rest = dataclasses.asdict(self)
-        return {**rest.pop("environment"), "columns": shown, **rest}
+        rows = [{**dict.fromkeys(shown), **row} for row in self.rows]
+        return {**rest.pop("environment"), "columns": shown, **rest, "rows": rows}
 
 
 _COLUMNS = {
