@@ -37,14 +37,24 @@ def test_what_fits_into_one_prompt_is_packed_as_by_llama_index(texts):
     assert helper(window=4000).repack(ASK, texts) == helper(PromptHelper, 4000).repack(ASK, texts)
 
 
-@given(passages)
-def test_a_passage_that_fits_is_never_cut(texts):
-    size = helper().get_text_splitter_given_prompt(ASK).chunk_size
-    packs = helper().repack(ASK, texts)
+@pytest.mark.parametrize(("tokenizer", "window"), [(words, 40), (list, 90)])
+@given(texts=passages)
+def test_a_passage_that_fits_is_never_cut(tokenizer, window, texts):
+    packing = BlockPromptHelper(window, 10, tokenizer=tokenizer)
+    size = packing.get_text_splitter_given_prompt(ASK).chunk_size
+    packs = packing.repack(ASK, texts)
     whole = [text.strip() for text in texts if text.strip()]
-    assert all(len(words(text)) <= size for text in whole)
+    assert all(len(tokenizer(text)) <= size for text in whole)
     assert "\n\n".join(packs) == "\n\n".join(whole)
-    assert all(len(words(pack)) <= size for pack in packs)
+    assert all(len(tokenizer(pack)) <= size for pack in packs)
+
+
+def test_what_stands_between_passages_takes_room_too():
+    packing = BlockPromptHelper(90, 10, tokenizer=list)
+    size = packing.get_text_splitter_given_prompt(ASK).chunk_size
+    texts = ["a" * (size - 10), "b" * 8]
+    assert packing.repack(ASK, texts) == ["\n\n".join(texts)]
+    assert packing.repack(ASK, [texts[0], "b" * 9]) == [texts[0], "b" * 9]
 
 
 def test_where_llama_index_cuts_passages_whole_ones_are_packed():

@@ -22,6 +22,7 @@ from llama_index.core.instrumentation.events.llm import (
     LLMStructuredPredictInProgressEvent,
     LLMStructuredPredictStartEvent,
 )
+from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
@@ -107,6 +108,8 @@ def test_the_last_response_of_a_stream_has_the_calls(llm):
     assert calls[:-1] == [[]] * (len(responses) - 1)
     assert [call.tool_name for call in calls[-1]] == ["ship"]
     assert not responses[-1].message.content
+    # LlamaIndex's programs read them in another place than its agents do.
+    assert isinstance(process_streaming_objects(responses[-1], Ship, llm=llm), Ship)
 
 
 def test_asynchronous_methods_call_tools_as_the_others(llm):
