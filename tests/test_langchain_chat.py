@@ -454,7 +454,7 @@ def test_json_mode_needs_no_schema():
     assert last_asked(model)[0].response_schema == {"type": "object"}
     with pytest.raises(InvalidInputError, match="needs a schema"):
         model.with_structured_output()
-    with pytest.raises(InvalidInputError, match="'yaml'"):
+    with pytest.raises(InvalidInputError, match="yaml"):
         model.with_structured_output(Joke, method="yaml")
 
 

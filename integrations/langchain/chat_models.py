@@ -13,11 +13,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import SecretStr
 
 from rag_blockcache import Chat
-from rag_blockcache.errors import InvalidInputError
 
 from .batch_inputs import (
     Configs,
@@ -36,7 +34,7 @@ from .messages import (
     passages,
     shown_texts,
 )
-from .structured_output import parsed, text_parser, tool_parser
+from .structured_output import structured
 from .tools import choice_of_tool, function_tools, response_schema
 
 
@@ -308,29 +306,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         Raises:
             InvalidInputError: If there is no such method, or it needs a schema.
         """
-        if method not in ("json_schema", "function_calling", "json_mode"):
-            raise InvalidInputError(
-                f"method is {method!r}; use 'json_schema', 'function_calling' or 'json_mode'"
-            )
-        if schema is None:
-            if method != "json_mode":
-                raise InvalidInputError(f"method {method!r} needs a schema; pass one, or use 'json_mode'")
-            json_object = self.bind(response_format={"type": "json_object"}, **kwargs)
-            return parsed(json_object, text_parser(None), include_raw=include_raw)
-        tool = convert_to_openai_tool(schema, strict=strict)
-        traced = {"kwargs": {"method": method, "strict": strict}, "schema": tool}
-        if method == "function_calling":
-            name = tool["function"]["name"]
-            caller = self.bind_tools(
-                [schema], tool_choice=name, strict=strict, ls_structured_output_format=traced, **kwargs
-            )
-            return parsed(caller, tool_parser(schema, name), include_raw=include_raw)
-        response_format = {
-            "type": "json_schema",
-            "json_schema": {"schema": convert_to_json_schema(schema, strict=strict)},
-        }
-        writer = self.bind(response_format=response_format, ls_structured_output_format=traced, **kwargs)
-        return parsed(writer, text_parser(schema), include_raw=include_raw)
+        return structured(self, schema, method, strict=strict, include_raw=include_raw, **kwargs)
 
 
 def _num_calls(options: dict[str, Any]) -> int | None:
