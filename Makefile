@@ -66,6 +66,7 @@ format: $(STAMP) ## format the code, and mend what the linter can
 
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/python docs/generate_benchmarks.py
+	$(BIN)/python docs/generate_flow_matrix.py
 	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP) ## measure on this machine, and write the tables anew

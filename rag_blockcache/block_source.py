@@ -87,7 +87,7 @@ class BlockSource:
 
     def promote(self, plan: Plan, states: Mapping[str, KVStates]) -> None:
         """Store what a plan found in memory alone: it has been used for the second time."""
-        for name in plan.found & self._on_probation.keys():
+        for name in plan.found & states.keys() & self._on_probation.keys():
             seconds = self._on_probation.pop(name, None)
             if seconds is not None:
                 self._store({name: states[name]}, seconds)

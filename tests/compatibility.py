@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 VERSIONS = {
     "lowest": [  # that pyproject.toml allows, and of the others the newest that go with those
-        "llama-index-core==0.14.5",
+        "llama-index-core==0.14.6",
         "langchain-core==1.4.0",
         "langchain==1.3.7",
         "langchain-classic==1.0.7",

@@ -287,6 +287,21 @@ def test_frequency_stores_at_the_second_use(tiny_model, tiny_tokenizer, tmp_path
         assert ask(cache).num_hits == 1
 
 
+def test_a_block_on_probation_that_is_not_worth_using_stays_there(
+    tiny_model, tiny_tokenizer, tmp_path, monkeypatch
+):
+    with BlockCache(tiny_model, tmp_path, tokenizer=tiny_tokenizer, admission="frequency") as cache:
+        before = len(cache.store.disk)
+        request = Text(f"Facts:\n{MILL}\nWho?", hints=[MILL])
+        cache.answer(request, max_new_tokens=1)
+        monkeypatch.setattr(cache._break_even, "pays", lambda num_placed: False)
+        assert cache.answer(request, max_new_tokens=1).policy == "full"
+        assert len(cache.store.disk) == before
+        monkeypatch.setattr(cache._break_even, "pays", lambda num_placed: True)
+        cache.answer(request, max_new_tokens=1)
+        assert len(cache.store.disk) == before + 2
+
+
 def test_off_uses_a_block_and_keeps_nothing(tiny_model, tiny_tokenizer, tmp_path):
     with BlockCache(tiny_model, tmp_path, tokenizer=tiny_tokenizer, admission="off") as cache:
         before = len(cache.store)

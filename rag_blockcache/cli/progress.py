@@ -18,6 +18,7 @@ _UNITS = {
     "split": "documents",
     "embed": "passages",
     "prefill": "passages",
+    "evaluate": "questions",
     "export": "files",
     "import": "files",
 }
