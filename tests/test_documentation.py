@@ -1,6 +1,8 @@
 """What the README and the API page say is there, is there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,14 @@ def test_every_make_target_on_a_page_exists():
         commands = re.findall(r"(?:`|^\$ |^)make ([a-z]+)", (ROOT / page).read_text(), re.MULTILINE)
         assert commands
         assert set(commands) <= targets
+
+
+def test_importing_the_package_brings_in_no_framework_and_no_torch():
+    code = (
+        "import sys, rag_blockcache, rag_blockcache.cli\n"
+        "from rag_blockcache import Chat, Passage, Question, Text\n"
+        "heavy = {'torch', 'transformers', 'langchain_core', 'llama_index'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
