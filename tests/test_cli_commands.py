@@ -414,7 +414,7 @@ def test_the_help_of_all_commands_is_there():
 
 @pytest.mark.slow
 def test_a_real_interrupt_of_a_real_process_loses_nothing(tmp_path, models):
-    lines = [json.dumps({"text": f"{number} {'note ' * 60}"}) for number in range(500)]
+    lines = [json.dumps({"text": f"{number} {'note ' * 60}"}) for number in range(2500)]
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     command = [
         *PROGRAM,
@@ -435,6 +435,6 @@ def test_a_real_interrupt_of_a_real_process_loses_nothing(tmp_path, models):
     assert "what was committed is kept" in stderr
     assert "Traceback" not in stderr
     counts = run_json("status", tmp_path / "kv")["counts"]
-    assert counts["num_passages"] == 500
+    assert counts["num_passages"] == 2500
     assert counts["num_pending_passages"] == 0
     assert counts["num_pending_blocks"] > 0
