@@ -108,12 +108,14 @@ def test_errors_come_when_the_cache_is_needed_and_again(tmp_path, tiny_model_pat
 
 async def test_all_ways_to_answer(tiny_model_path):
     handle = SharedCache(tiny_model_path, None)
+    # Not "auto", which measures what pays, and takes now this policy and now that for so short a prompt.
+    chosen = {"max_new_tokens": 4, "policy": "block"}
     answers = [
-        handle.answer(ASKED, max_new_tokens=4),
-        *handle.answer_batch([ASKED], max_new_tokens=4),
-        await handle.aanswer(ASKED, max_new_tokens=4),
+        handle.answer(ASKED, **chosen),
+        *handle.answer_batch([ASKED], **chosen),
+        await handle.aanswer(ASKED, **chosen),
     ]
-    with handle.stream_answer(ASKED, max_new_tokens=4) as stream:
+    with handle.stream_answer(ASKED, **chosen) as stream:
         text = "".join(stream)
-    pieces = [piece async for piece in handle.astream_answer(ASKED, max_new_tokens=4)]
+    pieces = [piece async for piece in handle.astream_answer(ASKED, **chosen)]
     assert {answer.text for answer in answers} == {text, "".join(pieces)}
