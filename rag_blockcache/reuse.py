@@ -52,6 +52,9 @@ FULL = Policy("full", None)
 BLOCK = Policy("block", 0)
 REPAIR = Policy("link-16", 16)  # of models that were not block-fine-tuned (docs/decisions/0007)
 
+# From the cheapest to full attention: each step computes more again and comes closer.
+LADDER = ("block", "link-4", "link-16", "link-64", "full")
+
 
 def parse_policy(name: str) -> Policy | None:
     """Read a policy by name: ``full``, ``block``, ``link-<k>``, or ``auto``.
