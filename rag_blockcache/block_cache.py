@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from rag_blockcache.answers import (
 )
 from rag_blockcache.assembler import Context
 from rag_blockcache.async_answers import AsyncAnswerStream
+from rag_blockcache.auto_policy import AutoPolicy
 from rag_blockcache.block_source import Admission, BlockSource
 from rag_blockcache.break_even import BreakEven
 from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
+from rag_blockcache.guard import THRESHOLD, GuardStatus, start_guard, status_of
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.loading import load_model
 from rag_blockcache.matcher import Matcher
@@ -38,11 +41,12 @@ from rag_blockcache.passage_registry import PassageRegistry
 from rag_blockcache.passages import Block, Passage, as_passages
 from rag_blockcache.plan import Plan
 from rag_blockcache.planner import Planner
+from rag_blockcache.policy_record import without_guard
 from rag_blockcache.prefiller import prefill_passages
 from rag_blockcache.prompt import Prompt
 from rag_blockcache.request import Message, Question, Request
 from rag_blockcache.response import constrained, read_response, response_pieces
-from rag_blockcache.reuse import FULL
+from rag_blockcache.reuse import FULL, choose_policy
 from rag_blockcache.self_check import check_reuse
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
 from rag_blockcache.text_stream import no_pieces
@@ -75,6 +79,10 @@ class BlockCache:
         salt: Blocks of one salt are invisible under another (one a tenant).
         admission: What becomes of a passage that an answer needs and nobody prefilled: ``"always"`` stores
             its block, ``"frequency"`` keeps it in memory and stores it at its second use, ``"off"`` drops it.
+        guard_rate: Share of answers that are also run with full attention, in the background, to see what
+            reuse costs; see ``guard``. 0 runs none, and costs nothing.
+        guard_threshold: Most divergence from full attention that is allowed, in nats a token; beyond it
+            ``auto`` steps up to the next policy that computes more again.
 
     Raises:
         ModelNotFoundError: If the model cannot be found or loaded.
@@ -105,11 +113,23 @@ class BlockCache:
         memory_budget_bytes: int | None = 4 * 2**30,
         salt: str = "",
         admission: Admission = "always",
+        guard_rate: float = 0.0,
+        guard_threshold: float = THRESHOLD,
     ) -> None:
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
         check_reuse(self.model)
         self.tokenizer = self.model.tokenizer
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
+        shown = [asdict(self.prompt.format), self.prompt.preamble, condition_on_preamble]
+        self.auto_policy = AutoPolicy(
+            directory,
+            default=choose_policy(self.model.is_block_fine_tuned),
+            model=str(self.model.network.name_or_path),
+            fingerprint=self.model.fingerprint,
+            prompt=hashlib.blake2b(json.dumps(shown).encode(), digest_size=16).hexdigest(),
+        )
+        self._guard_options = (guard_rate, guard_threshold)
+        self._guard = start_guard(self.model, self.auto_policy, rate=guard_rate, threshold=guard_threshold)
         disk = None
         if directory is not None:  # after the model, so that nothing is made where something else is wrong
             disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
@@ -137,6 +157,8 @@ class BlockCache:
 
     def close(self) -> None:
         """Write what is still in flight, and let go of the store."""
+        if self._guard is not None:
+            self._guard.close()
         self.store.close()
         self._registry.close()
 
@@ -417,10 +439,24 @@ class BlockCache:
         log_probabilities = logits.float().log_softmax(dim=-1).cpu()
         return log_probabilities.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
 
+    # What reuse costs in answers
+
+    @property
+    def guard(self) -> GuardStatus:
+        """What the guard found, and what ``auto`` stands for now."""
+        if self._guard is None:
+            return status_of(self.auto_policy, *self._guard_options)
+        return self._guard.status()
+
+    def reset_guard(self) -> None:
+        """Forget what the guard found, in the directory too: ``auto`` begins anew."""
+        self.auto_policy.update(without_guard)
+
     # The stages of a request
 
     def _load(self, plan: Plan) -> dict[str, KVStates]:
         """Return the states that a plan places."""
+        self.auto_policy.apply(plan)
         if plan.policy.is_full:
             return {}
         states = self._blocks.load(plan)
@@ -453,6 +489,17 @@ class BlockCache:
         return context, logits, states
 
     def _answer(
+        self, plans: Sequence[Plan], max_new_tokens: int, options: Mapping[str, Any], monitor: Monitor
+    ) -> list[Answer]:
+        if self._guard is None:
+            return self._answer_now(plans, max_new_tokens, options, monitor)
+        with self._guard.answering():
+            answers = self._answer_now(plans, max_new_tokens, options, monitor)
+        for plan, answer in zip(plans, answers, strict=True):
+            self._guard.sample(plan, answer.token_ids, answer.finish_reason, self._prefill)
+        return answers
+
+    def _answer_now(
         self, plans: Sequence[Plan], max_new_tokens: int, options: Mapping[str, Any], monitor: Monitor
     ) -> list[Answer]:
         context, logits, states = self._prefill(plans, room=max_new_tokens)
