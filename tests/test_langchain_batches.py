@@ -20,67 +20,50 @@ from langchain_core.messages import (
 from langchain_parts import (
     ScriptedEngine,
     answer,
-    engine_options,
     scripted_chat,
     scripted_llm,
 )
-from rag_blockcache.integrations.langchain import BlockCacheLLM, ChatBlockCache
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from rag_blockcache import SharedCache
 from rag_blockcache.errors import ContextTooLongError, InvalidInputError
 
-
-@pytest.fixture
-def options(tiny_model, tiny_tokenizer, request):
-    return engine_options(tiny_model, tiny_tokenizer, request.node.name)
+pytest_plugins = ["langchain_fixtures"]
 
 
 @pytest.fixture
-def chat(options):
-    return ChatBlockCache(**options)
-
-
-@pytest.fixture
-def llm(options):
-    return BlockCacheLLM(**options)
-
-
-def test_a_batch_is_one_batch_of_the_engine(chat, monkeypatch):
-    questions = [f"Question {'x' * n}" for n in range(5)]
-    one_by_one = [chat.invoke(question).content for question in questions]
-    sizes = []
-    batched = type(chat.engine).answer_batch
+def batch_sizes(monkeypatch):
+    """Return a list that fills with the sizes of the batches that an engine is asked for."""
+    sizes, batched = [], SharedCache.answer_batch
 
     def counted(self, requests, **options):
         sizes.append(len(requests))
         return batched(self, requests, **options)
 
-    monkeypatch.setattr(type(chat.engine), "answer_batch", counted)
+    monkeypatch.setattr(SharedCache, "answer_batch", counted)
+    return sizes
+
+
+def test_a_batch_is_one_batch_of_the_engine(chat, batch_sizes):
+    questions = [f"Question {'x' * n}" for n in range(5)]
+    one_by_one = [chat.invoke(question).content for question in questions]
     assert [message.content for message in chat.batch(questions)] == one_by_one
     assert [message.content for message in asyncio.run(chat.abatch(questions))] == one_by_one
     messages = [[HumanMessage(question)] for question in questions]
     assert [row[0].text for row in chat.generate(messages).generations] == one_by_one
     assert [row[0].text for row in asyncio.run(chat.agenerate(messages)).generations] == one_by_one
-    assert sizes == [5] * 4
+    assert batch_sizes == [5] * 4
 
 
-def test_an_llm_answers_a_batch_at_once(llm, monkeypatch):
+def test_an_llm_answers_a_batch_at_once(llm, batch_sizes):
     prompts = [f"Prompt {'x' * n}" for n in range(5)]
     one_by_one = [llm.invoke(prompt) for prompt in prompts]
     assert all(one_by_one)
-    sizes = []
-    batched = type(llm.engine).answer_batch
-
-    def counted(self, requests, **options):
-        sizes.append(len(requests))
-        return batched(self, requests, **options)
-
-    monkeypatch.setattr(type(llm.engine), "answer_batch", counted)
     assert llm.batch(prompts) == one_by_one
     assert asyncio.run(llm.abatch(prompts)) == one_by_one
     assert [row[0].text for row in llm.generate(prompts).generations] == one_by_one
     assert [row[0].text for row in asyncio.run(llm.agenerate(prompts)).generations] == one_by_one
-    assert sizes == [5] * 4
+    assert batch_sizes == [5] * 4
 
 
 @pytest.mark.parametrize("make", [scripted_chat, scripted_llm])

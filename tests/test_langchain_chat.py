@@ -28,7 +28,6 @@ from langchain_parts import (
     TEXTS,
     all_of,
     answer,
-    engine_options,
     joined,
     last_asked,
     scripted,
@@ -43,21 +42,7 @@ from typing_extensions import TypedDict
 from rag_blockcache import Chat, Passage, Text
 from rag_blockcache.errors import InvalidInputError
 
-
-@pytest.fixture
-def options(tiny_model, tiny_tokenizer, request):
-    return engine_options(tiny_model, tiny_tokenizer, request.node.name)
-
-
-@pytest.fixture
-def chat(options):
-    return ChatBlockCache(**options)
-
-
-@pytest.fixture
-def llm(options):
-    return BlockCacheLLM(**options)
-
+pytest_plugins = ["langchain_fixtures"]
 
 # Construction
 

@@ -17,31 +17,16 @@ from langchain_parts import (
     TEXTS,
     FixedRetriever,
     all_of,
-    engine_options,
     joined,
     last_asked,
     rag_chain,
     scripted_chat,
     scripted_llm,
 )
-from rag_blockcache.integrations.langchain import BlockCacheLLM, ChatBlockCache, observer
+from rag_blockcache.integrations.langchain import observer
 
+pytest_plugins = ["langchain_fixtures"]
 QUESTION = "When was the lighthouse built?"
-
-
-@pytest.fixture
-def options(tiny_model, tiny_tokenizer, request):
-    return engine_options(tiny_model, tiny_tokenizer, request.node.name)
-
-
-@pytest.fixture
-def chat(options):
-    return ChatBlockCache(**options)
-
-
-@pytest.fixture
-def llm(options):
-    return BlockCacheLLM(**options)
 
 
 def test_documents_of_a_call_are_shown_and_reused(chat):

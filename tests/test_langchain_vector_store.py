@@ -17,6 +17,7 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
+from pydantic import ValidationError
 from rag_blockcache.integrations.langchain import BlockCacheVectorStore, ChatBlockCache
 from rag_blockcache.integrations.langchain.retrievers import BlockCacheRetriever
 
@@ -313,6 +314,12 @@ def test_store_and_chat_model_share_one_engine_and_the_model_reuses_what_was_add
 
 
 # Opening, waiting
+
+
+def test_an_option_that_does_not_exist_is_refused(directory):
+    with pytest.raises(ValidationError, match="sallt"):
+        BlockCacheVectorStore(Corners(), directory, sallt="a", **ENGINE)
+    assert not directory.exists()
 
 
 def test_a_store_is_opened_again_from_its_directory(store, directory):

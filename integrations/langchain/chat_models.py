@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -15,30 +15,20 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from pydantic import SecretStr
 
-from rag_blockcache import Chat
+from rag_blockcache import Answer, Chat
 
-from .batch_inputs import (
-    Configs,
-    group_size,
-    merged,
-    single_acalls,
-    single_calls,
-)
+from .batch_inputs import merged
 from .batching import aask, ask, atogether, leave_batch, together
-from .engine import EngineOptions
-from .messages import (
-    PROVIDER,
-    answer_message,
-    chat_messages,
-    last_chunk,
-    passages,
-    shown_texts,
-)
+from .engine import EngineModel
+from .messages import PROVIDER, answer_message, chat_messages, last_chunk, passages, shown_texts
+from .streaming import astreamed, streamed
 from .structured_output import structured
 from .tools import choice_of_tool, function_tools, response_schema
 
+_Result = TypeVar("_Result")
 
-class ChatBlockCache(EngineOptions, BaseChatModel):
+
+class ChatBlockCache(EngineModel[AIMessage], BaseChatModel):
     """A chat model in which passages of the prompt are reused wherever they stand.
 
     Passages are found by their text. What retrievers of the same chain returned, artifacts of tool messages
@@ -54,10 +44,10 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         timeout: See ``api_key``.
         max_retries: See ``api_key``.
 
-    The other attributes are those of ``EngineOptions``.
+    The other attributes are those of ``EngineModel``.
     """
 
-    model_config = EngineOptions.model_config  # not LangChain's, which passes over what it does not know
+    model_config = EngineModel.model_config  # not LangChain's, which passes over what it does not know
 
     streaming: bool = False
     api_key: SecretStr | None = None
@@ -93,10 +83,6 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
             structured_output=True,
         )
 
-    def get_token_ids(self, text: str) -> list[int]:
-        """Return the token ids of a text, by the model's own tokenizer."""
-        return self.token_ids(text)
-
     # Answers
 
     def _generate(
@@ -107,10 +93,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request, options = self._prepared(messages, stop, run_manager, kwargs)
-        message = answer_message(
-            ask(self.engine, request, options), self.model_label, num_calls=_num_calls(kwargs)
-        )
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        return self._result(ask(self.engine, request, options), kwargs)
 
     async def _agenerate(
         self,
@@ -120,10 +103,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request, options = self._prepared(messages, stop, run_manager, kwargs)
-        message = answer_message(
-            await aask(self.engine, request, options), self.model_label, num_calls=_num_calls(kwargs)
-        )
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        return self._result(await aask(self.engine, request, options), kwargs)
 
     def _stream(
         self,
@@ -134,16 +114,10 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         leave_batch()
         request, options = self._prepared(messages, stop, run_manager, kwargs)
-        with self.engine.stream_answer(request, **options) as stream:
-            for piece in stream:
-                chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
-                if run_manager:
-                    run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
-        last = last_chunk(stream.answer, self.model_label, num_calls=_num_calls(kwargs))
-        yield ChatGenerationChunk(message=last)
+        stream = self.engine.stream_answer(request, **options)
+        return streamed(stream, run_manager, _piece, partial(self._last, options=kwargs))
 
-    async def _astream(
+    def _astream(
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
@@ -153,16 +127,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         leave_batch()
         request, options = self._prepared(messages, stop, run_manager, kwargs)
         stream = self.engine.astream_answer(request, **options)
-        try:
-            async for piece in stream:
-                chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
-                if run_manager:
-                    await run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
-        finally:
-            await stream.aclose()
-        last = last_chunk(stream.answer, self.model_label, num_calls=_num_calls(kwargs))
-        yield ChatGenerationChunk(message=last)
+        return astreamed(stream, run_manager, _piece, partial(self._last, options=kwargs))
 
     def _prepared(
         self, messages: list[BaseMessage], stop: list[str] | None, run_manager: Any, options: dict[str, Any]
@@ -183,31 +148,15 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         )
         return request, self.answer_options(stop, options)
 
+    def _result(self, answer: Answer, options: dict[str, Any]) -> ChatResult:
+        message = answer_message(answer, self.model_label, num_calls=_num_calls(options))
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _last(self, answer: Answer, options: dict[str, Any]) -> ChatGenerationChunk:
+        message = last_chunk(answer, self.model_label, num_calls=_num_calls(options))
+        return ChatGenerationChunk(message=message)
+
     # Batches
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer inputs together, each with its own config; see ``batch_size``."""
-        calls = single_calls(self.invoke, inputs, config, kwargs, return_exceptions=return_exceptions)
-        return together(self.engine, calls, group_size(self.batch_size, config))
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer inputs together as ``batch`` does, without keeping the event loop."""
-        calls = single_acalls(self.ainvoke, inputs, config, kwargs, return_exceptions=return_exceptions)
-        return await atogether(self.engine, calls, group_size(self.batch_size, config))
 
     def generate(
         self,
@@ -222,11 +171,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         stock = super().generate
         if len(messages) < 2:
             return stock(messages, stop, callbacks, run_id=run_id, **kwargs)
-        ids = [run_id, *[None] * (len(messages) - 1)]
-        calls = [
-            partial(stock, [each], stop, callbacks, run_id=own, **kwargs)
-            for each, own in zip(messages, ids, strict=True)
-        ]
+        calls = _one_by_one(stock, messages, stop, callbacks, run_id, kwargs)
         results = together(self.engine, calls, self.batch_size)
         return merged(results, self._combine_llm_outputs([each.llm_output for each in results]))
 
@@ -243,11 +188,7 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
         stock = super().agenerate
         if len(messages) < 2:
             return await stock(messages, stop, callbacks, run_id=run_id, **kwargs)
-        ids = [run_id, *[None] * (len(messages) - 1)]
-        calls = [
-            partial(stock, [each], stop, callbacks, run_id=own, **kwargs)
-            for each, own in zip(messages, ids, strict=True)
-        ]
+        calls = _one_by_one(stock, messages, stop, callbacks, run_id, kwargs)
         results = await atogether(self.engine, calls, self.batch_size)
         return merged(results, self._combine_llm_outputs([each.llm_output for each in results]))
 
@@ -307,6 +248,26 @@ class ChatBlockCache(EngineOptions, BaseChatModel):
             InvalidInputError: If there is no such method, or it needs a schema.
         """
         return structured(self, schema, method, strict=strict, include_raw=include_raw, **kwargs)
+
+
+def _piece(text: str) -> ChatGenerationChunk:
+    return ChatGenerationChunk(message=AIMessageChunk(content=text))
+
+
+def _one_by_one(
+    generate: Callable[..., _Result],
+    messages: list[list[BaseMessage]],
+    stop: list[str] | None,
+    callbacks: Callbacks,
+    run_id: UUID | None,
+    options: dict[str, Any],
+) -> list[Callable[[], _Result]]:
+    """Return a call for each list of messages; a run has one id, which the first takes."""
+    ids = [run_id, *[None] * (len(messages) - 1)]
+    return [
+        partial(generate, [each], stop, callbacks, run_id=own, **options)
+        for each, own in zip(messages, ids, strict=True)
+    ]
 
 
 def _num_calls(options: dict[str, Any]) -> int | None:

@@ -1,52 +1,30 @@
-"""What the chat model and the LLM have in common: the engine behind them, and options of an answer."""
+"""What the chat model and the LLM have in common: the engine behind them, options, and batches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.runnables import RunnableSerializable
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
 
 from rag_blockcache import SharedCache
 
+from ..cache_options import CacheOptions
+from .batch_inputs import Configs, group_size, single_acalls, single_calls
+from .batching import atogether, together
 from .observer import found_texts, observe_retrievers
 
-_ENGINE_OPTIONS = (
-    "tokenizer",
-    "device",
-    "dtype",
-    "adapter",
-    "preamble",
-    "passage_format",
-    "condition_on_preamble",
-    "disk_budget_bytes",
-    "memory_budget_bytes",
-    "salt",
-    "admission",
-)
-_ALWAYS_GIVEN = {"passage_format", "admission"}  # their defaults here are not those of BlockCache
+_Output = TypeVar("_Output")
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
-class EngineOptions(BaseModel):
-    """Options of ``BlockCache``, and of the answers that it gives.
+class EngineModel(RunnableSerializable[LanguageModelInput, _Output], CacheOptions):
+    """A model of LangChain that answers by an engine.
 
     Attributes:
         model: Hub id, local path, or a loaded causal language model of transformers.
-        cache_dir: Where blocks are kept; None keeps them in memory.
-        tokenizer: As for ``BlockCache``, like all down to ``admission``.
-        device: Where a model loaded by name goes.
-        dtype: For a model loaded by name.
-        adapter: A PEFT adapter for a model loaded by name.
-        preamble: Text before passages that are not in the prompt already.
-        passage_format: ``"verbatim"`` is how chains show documents, so that blocks are found in any prompt.
-        condition_on_preamble: Let blocks also attend to the preamble.
-        disk_budget_bytes: Bound of the blocks on disk.
-        memory_budget_bytes: Bound of the blocks in memory.
-        salt: Blocks of one salt are invisible under another.
-        admission: What becomes of a passage that nobody prefilled: ``"frequency"`` keeps it in memory and
-            stores it at its second use.
         policy: How much of a block is computed again, see ``BlockCache.answer``.
         finds_passages: Whether to look for passages; otherwise all text is computed as it stands.
         observes_retrievers: Whether to learn passages from what retrievers of the same chain return. The
@@ -58,23 +36,13 @@ class EngineOptions(BaseModel):
         stop: Strings that end an answer.
         model_kwargs: Further options of transformers' ``generate()``.
         batch_size: So many prompts of a batch are computed together.
+
+    The other attributes are those of ``CacheOptions``.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     model: Any = Field(validation_alias=AliasChoices("model", "model_name"))
-    cache_dir: str | Path | None = None
-    tokenizer: Any = None
-    device: Any = None
-    dtype: Any = None
-    adapter: str | Path | None = None
-    preamble: str | None = None
-    passage_format: Any = "verbatim"
-    condition_on_preamble: bool = False
-    disk_budget_bytes: int | None = None
-    memory_budget_bytes: int | None = 4 * 2**30
-    salt: str = ""
-    admission: str = "frequency"
     policy: str = "auto"
     finds_passages: bool = True
     observes_retrievers: bool = True
@@ -100,14 +68,7 @@ class EngineOptions(BaseModel):
     def engine(self) -> SharedCache:
         """The cache, shared by all in this process that have equal options; loaded when first needed."""
         if self._engine is None:
-            fields = type(self).model_fields
-            given = {name: getattr(self, name) for name in _ENGINE_OPTIONS}
-            options = {
-                name: value
-                for name, value in given.items()
-                if name in _ALWAYS_GIVEN or value != fields[name].default
-            }
-            self._engine = SharedCache(self.model, self.cache_dir, **options)
+            self._engine = self.shared_cache(self.model)
         return self._engine
 
     @property
@@ -126,7 +87,7 @@ class EngineOptions(BaseModel):
         found = found_texts(run_manager) if self.observes_retrievers else []
         return list(dict.fromkeys([*shown, *found]))
 
-    def token_ids(self, text: str) -> list[int]:
+    def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of a text, by the model's own tokenizer."""
         return list(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -150,6 +111,32 @@ class EngineOptions(BaseModel):
         if stops := self.stop_strings(stop):
             merged["stop_strings"] = stops
         return _with_sampling(merged)
+
+    # Batches
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[_Output]:
+        """Answer inputs together, each with its own config; see ``batch_size``."""
+        calls = single_calls(self.invoke, inputs, config, kwargs, return_exceptions=return_exceptions)
+        return together(self.engine, calls, group_size(self.batch_size, config))
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[_Output]:
+        """Answer inputs together as ``batch`` does, without keeping the event loop."""
+        calls = single_acalls(self.ainvoke, inputs, config, kwargs, return_exceptions=return_exceptions)
+        return await atogether(self.engine, calls, group_size(self.batch_size, config))
 
 
 def _with_sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -7,32 +7,27 @@ from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageModelInput
+from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from rag_blockcache import Answer, Text
 from rag_blockcache.errors import InvalidInputError
 
-from .batch_inputs import (
-    Configs,
-    group_size,
-    single_acalls,
-    single_calls,
-)
 from .batching import aask, ask, atogether, leave_batch, together
-from .engine import EngineOptions
+from .engine import EngineModel
 from .messages import PROVIDER, metadata, passages, usage
+from .streaming import astreamed, streamed
 from .tools import response_schema
 
 
-class BlockCacheLLM(EngineOptions, BaseLLM):
+class BlockCacheLLM(EngineModel[str], BaseLLM):
     """An LLM that continues prompts as they are, and reuses the passages in them wherever they stand.
 
     Passages are found and learned as by ``ChatBlockCache``, and ``documents=`` works alike. Every call also
-    takes ``pipeline_kwargs=``, as ``HuggingFacePipeline`` does. Its attributes are in ``EngineOptions``.
+    takes ``pipeline_kwargs=``, as ``HuggingFacePipeline`` does. Its attributes are in ``EngineModel``.
     """
 
-    model_config = EngineOptions.model_config  # not LangChain's, which passes over what it does not know
+    model_config = EngineModel.model_config  # not LangChain's, which passes over what it does not know
 
     @classmethod
     def from_model_id(
@@ -100,10 +95,6 @@ class BlockCacheLLM(EngineOptions, BaseLLM):
         params.setdefault("ls_model_name", self.model_label)
         return params
 
-    def get_token_ids(self, text: str) -> list[int]:
-        """Return the token ids of a text, by the model's own tokenizer."""
-        return self.token_ids(text)
-
     # Answers
 
     def _generate(
@@ -137,15 +128,10 @@ class BlockCacheLLM(EngineOptions, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         leave_batch()
         (request,), options = self._prepared([prompt], stop, run_manager, kwargs)
-        with self.engine.stream_answer(request, **options) as stream:
-            for piece in stream:
-                chunk = GenerationChunk(text=piece)
-                if run_manager:
-                    run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
-        yield GenerationChunk(text="", generation_info=self._info(stream.answer))
+        stream = self.engine.stream_answer(request, **options)
+        return streamed(stream, run_manager, _piece, self._last)
 
-    async def _astream(
+    def _astream(
         self,
         prompt: str,
         stop: list[str] | None = None,
@@ -155,15 +141,7 @@ class BlockCacheLLM(EngineOptions, BaseLLM):
         leave_batch()
         (request,), options = self._prepared([prompt], stop, run_manager, kwargs)
         stream = self.engine.astream_answer(request, **options)
-        try:
-            async for piece in stream:
-                chunk = GenerationChunk(text=piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
-        finally:
-            await stream.aclose()
-        yield GenerationChunk(text="", generation_info=self._info(stream.answer))
+        return astreamed(stream, run_manager, _piece, self._last)
 
     def _prepared(
         self, prompts: list[str], stop: list[str] | None, run_manager: Any, options: dict[str, Any]
@@ -183,36 +161,16 @@ class BlockCacheLLM(EngineOptions, BaseLLM):
         generations = [[Generation(text=each.text, generation_info=self._info(each))] for each in answers]
         return LLMResult(generations=generations, llm_output={"model_name": self.model_label})
 
-    def _info(self, answer: Answer | None) -> dict[str, Any]:
+    def _last(self, answer: Answer) -> GenerationChunk:
+        return GenerationChunk(text="", generation_info=self._info(answer))
+
+    def _info(self, answer: Answer) -> dict[str, Any]:
         """Return what there is to say of an answer beside its text."""
-        assert answer is not None  # its stream was read to the end
         return {**metadata(answer, self.model_label), "usage_metadata": usage(answer)}
 
-    # Batches
 
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Answer inputs together, each with its own config; see ``batch_size``."""
-        calls = single_calls(self.invoke, inputs, config, kwargs, return_exceptions=return_exceptions)
-        return together(self.engine, calls, group_size(self.batch_size, config))
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Answer inputs together as ``batch`` does, without keeping the event loop."""
-        calls = single_acalls(self.ainvoke, inputs, config, kwargs, return_exceptions=return_exceptions)
-        return await atogether(self.engine, calls, group_size(self.batch_size, config))
+def _piece(text: str) -> GenerationChunk:
+    return GenerationChunk(text=text)
 
 
 def _generation_options(pipeline_kwargs: Mapping[str, Any]) -> dict[str, Any]:

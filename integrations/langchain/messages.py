@@ -84,9 +84,8 @@ def answer_message(answer: Answer, model_name: str, *, num_calls: int | None = N
     )
 
 
-def last_chunk(answer: Answer | None, model_name: str, *, num_calls: int | None = None) -> AIMessageChunk:
+def last_chunk(answer: Answer, model_name: str, *, num_calls: int | None = None) -> AIMessageChunk:
     """Return what ends the stream of an answer whose text was sent before; see ``answer_message``."""
-    assert answer is not None  # its stream was read to the end
     calls = [
         tool_call_chunk(
             name=each.name,

@@ -18,8 +18,8 @@ from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.prefilled_index import PrefilledIndex
 from rag_blockcache.retriever.metadata_filter import Where
 
+from ..cache_options import CacheOptions
 from .documents import as_document, as_passages
-from .engine import EngineOptions
 from .retrievers import BlockCacheRetriever
 
 
@@ -43,19 +43,14 @@ class BlockCacheVectorStore(VectorStore):
         embedding: Embeds documents and questions.
         cache_dir: Directory of the index and the KV states; made if missing.
         model: Hub id, folder, or a loaded causal language model of transformers; None only indexes.
-        tokenizer: As for ``BlockCache``, like all down to ``admission``.
-        device: Where a model loaded by name goes.
-        dtype: For a model loaded by name.
-        adapter: A PEFT adapter for a model loaded by name.
-        preamble: Text before passages that are not in the prompt already.
-        passage_format: ``"verbatim"`` is how chains show documents, so that blocks are found in any prompt.
-        condition_on_preamble: Let blocks also attend to the preamble.
-        disk_budget_bytes: Bound of the blocks on disk.
-        memory_budget_bytes: Bound of the blocks in memory.
-        salt: Blocks of one salt are invisible under another.
-        admission: What becomes of a passage that nobody prefilled.
         index_factory: FAISS factory string, see ``Retriever``.
         prefills: Encode when documents are added; otherwise when they are used, or by ``index.prefill()``.
+        **options: Of the engine: ``tokenizer``, ``device``, ``dtype``, ``adapter``, ``preamble``,
+            ``passage_format``, ``condition_on_preamble``, ``disk_budget_bytes``, ``memory_budget_bytes``,
+            ``salt`` and ``admission``, as for ``ChatBlockCache``.
+
+    Raises:
+        ValueError: If there is no such option.
 
     Attributes:
         index: What does the work: it counts what was encoded, and prefills what is pending.
@@ -82,41 +77,15 @@ class BlockCacheVectorStore(VectorStore):
         cache_dir: str | Path,
         *,
         model: Any = None,
-        tokenizer: Any = None,
-        device: Any = None,
-        dtype: Any = None,
-        adapter: str | Path | None = None,
-        preamble: str | None = None,
-        passage_format: Any = "verbatim",
-        condition_on_preamble: bool = False,
-        disk_budget_bytes: int | None = None,
-        memory_budget_bytes: int | None = 4 * 2**30,
-        salt: str = "",
-        admission: str = "frequency",
         index_factory: str | None = None,
         prefills: bool = True,
+        **options: Any,
     ) -> None:
         self._embedding, self._prefills = embedding, prefills
-        self.engine: SharedCache | None = None
-        if model is not None:
-            options = {
-                "tokenizer": tokenizer,
-                "device": device,
-                "dtype": dtype,
-                "adapter": adapter,
-                "preamble": preamble,
-                "passage_format": passage_format,
-                "condition_on_preamble": condition_on_preamble,
-                "disk_budget_bytes": disk_budget_bytes,
-                "memory_budget_bytes": memory_budget_bytes,
-                "salt": salt,
-                "admission": admission,
-            }
-            self.engine = EngineOptions(
-                model=model, cache_dir=cache_dir, observes_retrievers=False, **options
-            ).engine
+        chosen = CacheOptions(cache_dir=str(cache_dir), **options)
+        self.engine: SharedCache | None = None if model is None else chosen.shared_cache(model)
         self.index = PrefilledIndex(
-            cache_dir, cache=self.engine, index_factory=index_factory, adapter=adapter
+            cache_dir, cache=self.engine, index_factory=index_factory, adapter=chosen.adapter
         )
 
     @property

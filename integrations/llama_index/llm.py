@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -27,7 +26,7 @@ from rag_blockcache import SharedCache
 from rag_blockcache.errors import InvalidInputError
 
 from .hints import watch_requests
-from .options import loading_options, tool_name
+from .options import EngineOptions, loading_options, tool_name
 from .prompt_helper import ModelTokenizer, use_in_settings
 from .requests import as_text, chat_call, completion_call
 from .responses import (
@@ -40,19 +39,8 @@ from .responses import (
 )
 from .structured import SchemaLLM
 
-_PASSED_ON = (
-    "adapter",
-    "preamble",
-    "passage_format",
-    "condition_on_preamble",
-    "disk_budget_bytes",
-    "memory_budget_bytes",
-    "salt",
-    "admission",
-)
 
-
-class BlockCacheLLM(SchemaLLM):
+class BlockCacheLLM(EngineOptions, SchemaLLM):
     """A model of transformers that prefills a passage once, and reuses it in every prompt it stands in.
 
     It takes the place and the arguments of ``HuggingFaceLLM``: retrievers, query engines, chat engines and
@@ -71,34 +59,19 @@ class BlockCacheLLM(SchemaLLM):
 
     model_config = ConfigDict(extra="forbid")
 
-    model_name: str = Field(default="", description="Hub id or folder; needed unless model is given.")
-    cache_dir: str | None = Field(default=None, description="Keeps blocks on disk; None: in memory only.")
-    model: Any = Field(default=None, exclude=True, description="A loaded model, used as it is.")
-    tokenizer: Any = Field(default=None, exclude=True, description="Needed with a loaded model.")
-    tokenizer_name: str | None = Field(default=None, description="Hub id or folder, if not the model's own.")
     context_window: int | None = Field(default=None, gt=0, description="If smaller than the model's.")
     max_new_tokens: int = Field(default=DEFAULT_NUM_OUTPUTS, gt=0, description="Most tokens of an answer.")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of every call.")
     stopping_ids: list[int] = Field(default_factory=list, description="Tokens that end an answer, too.")
     is_chat_model: bool | None = Field(default=None, description="None: if there is a chat template.")
     is_function_calling_model: bool | None = Field(default=None, description="None: if a chat model.")
-    device: Any = Field(default=None, description="cpu, cuda, auto ...; None takes a GPU if there is one.")
     device_map: Any = Field(default=None, description="HuggingFaceLLM's name of device.")
-    dtype: Any = Field(default=None, description="Such as bfloat16; None keeps that of the model's files.")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="May hold dtype.")
     tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict, description="May hold max_length.")
     tokenizer_outputs_to_remove: list[str] = Field(
         default_factory=list, description="Of no effect: the model gets token ids and nothing else."
     )
-    adapter: str | None = Field(default=None, description="A PEFT adapter to load into the model.")
     policy: str = Field(default="auto", description="How blocks are reused; see BlockCache.answer.")
-    passage_format: Any = Field(default="verbatim", description="How documents are shown; see BlockCache.")
-    preamble: str | None = Field(default=None, description="See BlockCache.")
-    condition_on_preamble: bool = Field(default=False, description="See BlockCache.")
-    admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")
-    disk_budget_bytes: int | None = Field(default=None, description="See BlockCache.")
-    memory_budget_bytes: int | None = Field(default=4 * 2**30, description="See BlockCache.")
-    salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
     sets_settings: bool = Field(
         default=True, description="Set Settings.tokenizer, and Settings.prompt_helper if there is none yet."
     )
@@ -113,24 +86,15 @@ class BlockCacheLLM(SchemaLLM):
     def _as_template(cls, prompt: Any) -> Any:
         return PromptTemplate(prompt) if isinstance(prompt, str) else prompt
 
-    @field_validator("model_name", "cache_dir", "tokenizer_name", "adapter", mode="before")
-    @classmethod
-    def _as_name(cls, path: Any) -> Any:
-        return str(path) if isinstance(path, Path) else path
-
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        if self.model is None and not self.model_name:
-            raise InvalidInputError("no model is named; pass model_name=, or model= with tokenizer=")
         loading = loading_options(self.device_map, self.model_kwargs, self.tokenizer_kwargs)
-        own = {"device": self.device, "dtype": self.dtype}
-        self._engine = SharedCache(
-            self.model_name if self.model is None else self.model,
-            self.cache_dir,
-            tokenizer=self.tokenizer_name if self.tokenizer is None else self.tokenizer,
-            **{name: loading[name] if value is None else value for name, value in own.items()},
-            **{name: getattr(self, name) for name in _PASSED_ON},
+        engine = self.make_engine(
+            **{name: value for name, value in loading.items() if getattr(self, name) is None}
         )
+        if engine is None:
+            raise InvalidInputError("no model is named; pass model_name=, or model= with tokenizer=")
+        self._engine = engine
         if self.uses_hints:
             watch_requests()
         if self.sets_settings:

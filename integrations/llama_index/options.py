@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator
 from transformers import EosTokenCriteria
 
+from rag_blockcache import SharedCache
 from rag_blockcache.errors import InvalidInputError
+
+from ..cache_options import CacheOptions
 
 _REQUEST = ("documents", "hints", "response_schema", "finds_passages", "tools", "tool_choice")
 _ALIASES = {"stop": "stop_strings", "max_tokens": "max_new_tokens"}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+
+class EngineOptions(CacheOptions):
+    """A model as LlamaIndex users name it, and options of the engine behind it."""
+
+    model_name: str = Field(default="", description="Hub id or folder of the model.")
+    model: Any = Field(default=None, exclude=True, description="A loaded model, used as it is.")
+    tokenizer_name: str | None = Field(default=None, description="Hub id or folder, if not the model's own.")
+
+    @field_validator("model_name", "tokenizer_name", mode="before")
+    @classmethod
+    def _as_model_name(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    def make_engine(self, **instead: Any) -> SharedCache | None:
+        """Return the engine of the model, None without a model; see ``shared_cache``."""
+        if self.model is None and not self.model_name:
+            return None
+        model = self.model_name if self.model is None else self.model
+        tokenizer = self.tokenizer_name if self.tokenizer is None else self.tokenizer
+        return self.shared_cache(model, tokenizer=tokenizer, **instead)
 
 
 def loading_options(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, TextBlock
 from llama_index.core.instrumentation.events.llm import (
@@ -21,6 +22,8 @@ from pydantic import BaseModel
 
 from .responses import chat_piece
 
+_Completed = TypeVar("_Completed")
+_Chatted = TypeVar("_Chatted")
 _dispatcher = get_dispatcher(__name__)
 
 
@@ -42,11 +45,8 @@ class SchemaLLM(FunctionCallingLLM):
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             output: Model = super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
             return output
-        _announce(output_cls, prompt, prompt_args)
-        asked, options = self._schema_request(output_cls, prompt, llm_kwargs, prompt_args)
-        if isinstance(asked, str):
-            return _predicted(output_cls, self.complete(asked, formatted=True, **options))
-        return _predicted(output_cls, self.chat(asked, **options))
+        call = self._schema_call(output_cls, prompt, llm_kwargs, prompt_args)
+        return _predicted(output_cls, call.to(self.complete, self.chat))
 
     async def astructured_predict(
         self,
@@ -59,11 +59,8 @@ class SchemaLLM(FunctionCallingLLM):
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             output: Model = await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
             return output
-        _announce(output_cls, prompt, prompt_args)
-        asked, options = self._schema_request(output_cls, prompt, llm_kwargs, prompt_args)
-        if isinstance(asked, str):
-            return _predicted(output_cls, await self.acomplete(asked, formatted=True, **options))
-        return _predicted(output_cls, await self.achat(asked, **options))
+        call = self._schema_call(output_cls, prompt, llm_kwargs, prompt_args)
+        return _predicted(output_cls, await call.to(self.acomplete, self.achat))
 
     def stream_structured_predict(
         self,
@@ -75,11 +72,8 @@ class SchemaLLM(FunctionCallingLLM):
         """Predict an object that fills up; see ``LLM.stream_structured_predict``."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-        _announce(output_cls, prompt, prompt_args)
-        asked, options = self._schema_request(output_cls, prompt, llm_kwargs, prompt_args)
-        if isinstance(asked, str):
-            return _objects(output_cls, self.stream_complete(asked, formatted=True, **options))
-        return _objects(output_cls, self.stream_chat(asked, **options))
+        call = self._schema_call(output_cls, prompt, llm_kwargs, prompt_args)
+        return _objects(output_cls, call.to(self.stream_complete, self.stream_chat))
 
     async def astream_structured_predict(
         self,
@@ -91,32 +85,42 @@ class SchemaLLM(FunctionCallingLLM):
         """Predict an object that fills up; see ``LLM.astream_structured_predict``."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-        _announce(output_cls, prompt, prompt_args)
-        asked, options = self._schema_request(output_cls, prompt, llm_kwargs, prompt_args)
-        if isinstance(asked, str):
-            return _aobjects(output_cls, await self.astream_complete(asked, formatted=True, **options))
-        return _aobjects(output_cls, await self.astream_chat(asked, **options))
+        call = self._schema_call(output_cls, prompt, llm_kwargs, prompt_args)
+        return _aobjects(output_cls, await call.to(self.astream_complete, self.astream_chat))
 
-    def _schema_request(
+    def _schema_call(
         self,
         output_cls: type[BaseModel],
         prompt: BasePromptTemplate,
         llm_kwargs: Mapping[str, Any] | None,
-        prompt_args: Mapping[str, Any],
-    ) -> tuple[str | list[ChatMessage], dict[str, Any]]:
-        """Return a prompt that shows the schema, as text or as messages, and the option that enforces it."""
+        prompt_args: dict[str, Any],
+    ) -> _SchemaCall:
+        """Announce a prediction, and return what to ask for it."""
+        _dispatcher.event(
+            LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
+        )
         shown = PydanticOutputParser(output_cls).get_format_string(escape_json=False)
         options = {**(llm_kwargs or {}), "response_schema": output_cls.model_json_schema()}
         if not self.metadata.is_chat_model:
-            return f"{self._extend_prompt(prompt.format(llm=self, **prompt_args))}\n{shown}", options
+            text = self._extend_prompt(prompt.format(llm=self, **prompt_args))
+            return _SchemaCall(f"{text}\n{shown}", options)
         *others, last = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
-        return [*others, last.model_copy(update={"blocks": [*last.blocks, TextBlock(text=shown)]})], options
+        last = last.model_copy(update={"blocks": [*last.blocks, TextBlock(text=shown)]})
+        return _SchemaCall([*others, last], options)
 
 
-def _announce(output_cls: type[BaseModel], prompt: BasePromptTemplate, prompt_args: dict[str, Any]) -> None:
-    _dispatcher.event(
-        LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
-    )
+@dataclass(frozen=True)
+class _SchemaCall:
+    """A prompt that shows a schema, as text or as messages, and the option that enforces it."""
+
+    prompt: str | list[ChatMessage]
+    options: dict[str, Any]
+
+    def to(self, complete: Callable[..., _Completed], chat: Callable[..., _Chatted]) -> _Completed | _Chatted:
+        """Call that method of an LLM which takes such a prompt."""
+        if isinstance(self.prompt, str):
+            return complete(self.prompt, formatted=True, **self.options)
+        return chat(self.prompt, **self.options)
 
 
 def _predicted(output_cls: type[Model], response: ChatResponse | CompletionResponse) -> Model:

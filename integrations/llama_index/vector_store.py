@@ -17,7 +17,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryMode,
     VectorStoreQueryResult,
 )
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from rag_blockcache import SharedCache
 from rag_blockcache.errors import InvalidInputError
@@ -26,24 +26,12 @@ from rag_blockcache.retriever import SearchResult
 
 from .metadata_filters import Condition, as_condition
 from .nodes import NODE_KEY, as_node, as_passage, is_kept_by_index, other_forms, source_of
+from .options import EngineOptions
 
-_PASSED_ON = (
-    "tokenizer",
-    "device",
-    "dtype",
-    "adapter",
-    "preamble",
-    "passage_format",
-    "condition_on_preamble",
-    "disk_budget_bytes",
-    "memory_budget_bytes",
-    "salt",
-    "admission",
-)
 _MMR_PREFETCH_FACTOR = 4  # candidates of which the k most diverse are chosen, as other stores have it
 
 
-class BlockCacheVectorStore(BasePydanticVectorStore):
+class BlockCacheVectorStore(EngineOptions, BasePydanticVectorStore):
     """Nodes in a FAISS index on disk, their KV states computed when they are added.
 
     A node is prefilled as LlamaIndex will show it to a model: its text, with the metadata that a model may
@@ -74,38 +62,15 @@ class BlockCacheVectorStore(BasePydanticVectorStore):
     stores_text: bool = True
     is_embedding_query: bool = True
     cache_dir: str = Field(description="Directory of the index and the KV states; made if missing.")
-    model_name: str = Field(default="", description="Hub id or folder of the language model.")
-    model: Any = Field(default=None, exclude=True, description="A loaded model, used as it is.")
-    tokenizer: Any = Field(default=None, exclude=True, description="Needed with a loaded model.")
-    tokenizer_name: str | None = Field(default=None, description="Hub id or folder, if not the model's own.")
-    device: Any = Field(default=None, description="cpu, cuda, auto ...; None takes a GPU if there is one.")
-    dtype: Any = Field(default=None, description="Such as bfloat16; None keeps that of the model's files.")
-    adapter: str | None = Field(default=None, description="A PEFT adapter to load into the model.")
-    passage_format: Any = Field(default="verbatim", description="How nodes are shown; see BlockCache.")
-    preamble: str | None = Field(default=None, description="See BlockCache.")
-    condition_on_preamble: bool = Field(default=False, description="See BlockCache.")
-    admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")
-    disk_budget_bytes: int | None = Field(default=None, description="See BlockCache.")
-    memory_budget_bytes: int | None = Field(default=4 * 2**30, description="See BlockCache.")
-    salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
     index_factory: str | None = Field(default=None, description="FAISS index; see Retriever.")
     prefills: bool = Field(default=True, description="Encode when nodes are added, not when they are used.")
 
     _engine: SharedCache | None = PrivateAttr(default=None)
     _index: PrefilledIndex = PrivateAttr()
 
-    @field_validator("cache_dir", "model_name", "tokenizer_name", "adapter", mode="before")
-    @classmethod
-    def _as_name(cls, path: Any) -> Any:
-        return str(path) if isinstance(path, Path) else path
-
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        model = self.model_name if self.model is None else self.model
-        if model:
-            options = {name: getattr(self, name) for name in _PASSED_ON}
-            options["tokenizer"] = self.tokenizer_name if self.tokenizer is None else self.tokenizer
-            self._engine = SharedCache(model, self.cache_dir, **options)
+        self._engine = self.make_engine()
         self._index = PrefilledIndex(
             self.cache_dir,
             cache=self._engine,

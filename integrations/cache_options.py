@@ -1,0 +1,48 @@
+"""Options of a ``BlockCache`` as fields, for the adapters whose options are fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from rag_blockcache import SharedCache
+
+
+class CacheOptions(BaseModel):
+    """What an adapter passes on to its engine; see ``BlockCache`` for each.
+
+    Two defaults differ from those of ``BlockCache``: passages are shown as frameworks show them, so that
+    blocks are found in any prompt, and a passage that nobody prefilled is stored at its second use.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())  # some have a model_name
+
+    cache_dir: str | None = Field(default=None, description="Keeps blocks on disk; None: in memory only.")
+    tokenizer: Any = Field(default=None, exclude=True, description="Needed with a loaded model.")
+    device: Any = Field(default=None, description="cpu, cuda, auto ...; None takes a GPU if there is one.")
+    dtype: Any = Field(default=None, description="Such as bfloat16; None keeps that of the model's files.")
+    adapter: str | None = Field(default=None, description="A PEFT adapter to load into the model.")
+    preamble: str | None = Field(default=None, description="Text before passages that no prompt holds yet.")
+    passage_format: Any = Field(default="verbatim", description="How documents are shown; see BlockCache.")
+    condition_on_preamble: bool = Field(default=False, description="Let blocks attend to the preamble.")
+    disk_budget_bytes: int | None = Field(default=None, description="Bound of the blocks on disk.")
+    memory_budget_bytes: int | None = Field(default=4 * 2**30, description="Bound of the blocks in memory.")
+    salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
+    admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")
+
+    @field_validator("cache_dir", "adapter", mode="before")
+    @classmethod
+    def _as_name(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    def shared_cache(self, model: Any, **instead: Any) -> SharedCache:
+        """Return the engine that all in this process share who have equal options; it loads nothing yet.
+
+        Args:
+            model: Name or path of a model, or a loaded one.
+            **instead: Options that go before the fields.
+        """
+        options = {name: getattr(self, name) for name in CacheOptions.model_fields if name != "cache_dir"}
+        return SharedCache(model, self.cache_dir, **{**options, **instead})
