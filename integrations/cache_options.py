@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rag_blockcache import SharedCache
+from rag_blockcache.guard import THRESHOLD
 
 
 class CacheOptions(BaseModel):
@@ -31,6 +32,8 @@ class CacheOptions(BaseModel):
     memory_budget_bytes: int | None = Field(default=4 * 2**30, description="Bound of the blocks in memory.")
     salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
     admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")
+    guard_rate: float = Field(default=0.0, description="Share of answers compared with full attention.")
+    guard_threshold: float = Field(default=THRESHOLD, description="Divergence allowed, in nats a token.")
 
     @field_validator("cache_dir", "adapter", mode="before")
     @classmethod

@@ -47,7 +47,7 @@ class BlockCacheVectorStore(VectorStore):
         prefills: Encode when documents are added; otherwise when they are used, or by ``index.prefill()``.
         **options: Of the engine: ``tokenizer``, ``device``, ``dtype``, ``adapter``, ``preamble``,
             ``passage_format``, ``condition_on_preamble``, ``disk_budget_bytes``, ``memory_budget_bytes``,
-            ``salt`` and ``admission``, as for ``ChatBlockCache``.
+            ``salt``, ``admission``, ``guard_rate`` and ``guard_threshold``, as for ``ChatBlockCache``.
 
     Raises:
         ValueError: If there is no such option.
