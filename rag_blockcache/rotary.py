@@ -69,15 +69,18 @@ def rotate_keys(
     Source:
         RoFormer, section 3.2, https://arxiv.org/abs/2104.09864
     """
-    out = torch.empty_like(keys) if out is None else out
     rotary_dim = 2 * angles.cos.shape[-1]
-    first, second = (half.float() for half in pairs(keys, rotary_dim, interleaved))
-    first_out, second_out = pairs(out, rotary_dim, interleaved)
-    first_out.copy_(torch.addcmul(first * angles.cos, second, angles.sin, value=-1))
-    second_out.copy_(torch.addcmul(second * angles.cos, first, angles.sin))
-    if rotary_dim < keys.shape[-1]:
-        out[..., rotary_dim:].copy_(keys[..., rotary_dim:])
-    return out
+    wide = keys.float()
+    # Whole rows are turned together as far as it goes: operations on halves of rows take longer.
+    stretch = angles.cos.new_ones((*angles.cos.shape[:-1], keys.shape[-1]))
+    for half in pairs(stretch, rotary_dim, interleaved):
+        half.copy_(angles.cos)
+    turned = wide * stretch
+    first, second = pairs(wide, rotary_dim, interleaved)
+    first_turned, second_turned = pairs(turned, rotary_dim, interleaved)
+    first_turned.addcmul_(second, angles.sin, value=-1)
+    second_turned.addcmul_(first, angles.sin)
+    return turned.to(keys.dtype) if out is None else out.copy_(turned)
 
 
 def unrotate_keys(keys: Tensor, angles: Angles, *, interleaved: bool = False) -> Tensor:
