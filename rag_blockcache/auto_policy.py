@@ -27,8 +27,10 @@ class AutoPolicy:
         model: Name of the model, for people.
         fingerprint: ``Model.fingerprint``.
         prompt: Hash of what stands around passages in every prompt.
+        can_use: Whether a policy can be used with the model; others are stepped over.
 
     Attributes:
+        can_use: See above.
         record: As it was last read or written by this process.
     """
 
@@ -40,9 +42,10 @@ class AutoPolicy:
         model: str,
         fingerprint: str,
         prompt: str,
+        can_use: Callable[[Policy], bool] = lambda _: True,
     ) -> None:
         self._directory = None if directory is None else Path(directory)
-        self._default = default
+        self._default, self.can_use = default, can_use
         self.record = PolicyRecord(model, fingerprint, prompt)
         self._choice: tuple[Policy, str] | None = None
         if self._directory is not None:
@@ -77,7 +80,7 @@ class AutoPolicy:
         if record.calibration is None and not any(seen.is_given_up for seen in record.watched):
             return None
         try:
-            return record.choose(self._default)
+            return record.choose(self._default, self.can_use)
         except InvalidInputError as error:  # another release made it
             logger.warning("auto goes by the default: %s", error)
             return None

@@ -118,8 +118,7 @@ class Guard:
             if len(self._waiting) == _MAX_WAITING:
                 self._num_dropped += 1
                 return
-            # What was served is what is looked at: nothing may be chosen anew.
-            self._waiting.append(ServedAnswer(dataclasses.replace(plan, is_auto=False), token_ids, serve))
+            self._waiting.append(ServedAnswer(_as_planned(plan), token_ids, serve))
             self._start()
 
     def _start(self) -> None:
@@ -215,6 +214,19 @@ class Guard:
                 "auto uses %s from here on",
                 *(name, seen.divergence, seen.num_answers, seen.threshold, self._auto.current[0].name),
             )
+
+
+def _as_planned(plan: Plan) -> Plan:
+    """Return a plan as it was before its request was served, but with the policy that it was served under."""
+    return Plan(
+        plan.segments,
+        plan.policy,
+        plan.policy_reason,
+        plan.regime,
+        is_auto=False,  # no other policy may be chosen now
+        start=plan.start,
+        blocks=plan.blocks,
+    )
 
 
 def start_guard(model: Model, auto: AutoPolicy, *, rate: float, threshold: float) -> Guard | None:

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,9 @@ class PolicyRecord:
         by_name = {each.name: each for each in self.watched} | {seen.name: seen}
         return dataclasses.replace(self, watched=tuple(by_name.values()))
 
-    def choose(self, default: tuple[Policy, str]) -> tuple[Policy, str]:
+    def choose(
+        self, default: tuple[Policy, str], can_use: Callable[[Policy], bool] = lambda _: True
+    ) -> tuple[Policy, str]:
         """Choose for a user who said ``auto``.
 
         From what was calibrated, else from the default, the choice steps over every policy that the guard
@@ -133,6 +135,7 @@ class PolicyRecord:
 
         Args:
             default: Policy and reason where nothing is on record.
+            can_use: Whether a policy can be used with the model; others are stepped over too.
 
         Raises:
             InvalidInputError: If the record names a policy that is not known here.
@@ -141,15 +144,16 @@ class PolicyRecord:
         steps = [policy.name, *_above(policy.name)]
         if self.calibration is not None:
             steps, reason = [self.calibration.policy, *self.calibration.dearer], self.calibration.reason
-        for name in [*steps, FULL.name]:
-            seen = self.seen(name)
-            if name == FULL.name or not seen.is_given_up:
-                return parse_policy(name) or policy, reason
-            reason = (
-                f"the guard gave up {name}: {seen.divergence:.3f} nats a token from full attention over "
-                f"{seen.num_answers} answers, {seen.threshold:g} are allowed"
-            )
-        raise AssertionError("full is always on the way")
+        for name in steps:
+            seen, policy = self.seen(name), parse_policy(name) or policy
+            if not policy.is_full and seen.is_given_up:
+                reason = (
+                    f"the guard gave up {name}: {seen.divergence:.3f} nats a token from full attention over "
+                    f"{seen.num_answers} answers, {seen.threshold:g} are allowed"
+                )
+            elif can_use(policy):
+                return policy, reason
+        return FULL, reason
 
 
 def _above(name: str) -> tuple[str, ...]:

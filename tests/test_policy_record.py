@@ -68,6 +68,21 @@ def test_each_policy_that_is_given_up_is_a_step_up_the_ladder(tmp_path):
         )
 
 
+def test_a_policy_that_the_model_cannot_use_is_stepped_over():
+    auto = AutoPolicy(
+        None,
+        default=DEFAULT,
+        model="m",
+        fingerprint="f",
+        prompt="p",
+        can_use=lambda policy: policy.name not in LADDER[1:3],
+    )
+    assert auto.current == DEFAULT
+    auto.update(given_up("block"))
+    assert name_of(auto) == LADDER[3]
+    assert auto.current[1].startswith("the guard gave up block: ")
+
+
 def test_a_policy_that_is_given_up_below_the_one_in_use_changes_nothing(tmp_path):
     default = (parse_policy(LADDER[1]), "why")
     auto = open_auto(tmp_path, default=default)
