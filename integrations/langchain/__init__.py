@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rag_blockcache.errors import MissingDependencyError
 
 try:
-    import langchain_core  # noqa: F401  # only to find out whether it is there
-except ImportError as error:
+    importlib.import_module("langchain_core")
+except ModuleNotFoundError as error:
     raise MissingDependencyError(
         "rag_blockcache.integrations.langchain needs langchain-core, which is not installed; "
         "run `pip install 'rag_blockcache[langchain]'`"

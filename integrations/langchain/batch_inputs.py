@@ -60,12 +60,12 @@ def merged(results: Sequence[LLMResult], llm_output: dict[str, Any]) -> LLMResul
 def _caught(invoke: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return invoke(*arguments, **options)
-    except Exception as error:
+    except Exception as error:  # of any kind: ``return_exceptions`` of LangChain promises to return it
         return error
 
 
 async def _acaught(ainvoke: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any) -> Any:
     try:
         return await ainvoke(*arguments, **options)
-    except Exception as error:
+    except Exception as error:  # as above
         return error

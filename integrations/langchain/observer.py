@@ -74,7 +74,8 @@ def observe_retrievers() -> None:
             from langchain_core.tracers.context import register_configure_hook
         except ImportError:  # not part of what LangChain documents
             return
-        variable: ContextVar[Any] = ContextVar("rag_blockcache_observer", default=_OnePerRun())  # noqa: B039
+        stateless = _OnePerRun()  # so that all contexts may share it
+        variable: ContextVar[Any] = ContextVar("rag_blockcache_observer", default=stateless)
         register_configure_hook(variable, inheritable=True, handle_class=RetrievalObserver)
 
 

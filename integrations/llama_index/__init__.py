@@ -21,7 +21,7 @@ _HOMES = {
 __all__ = ["BlockCacheLLM", "BlockCacheVectorStore", "BlockPromptHelper"]
 
 try:
-    import llama_index.core  # noqa: F401
+    importlib.import_module("llama_index.core")
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
         "llama-index-core is not installed, which this integration is for; install it with "

@@ -16,7 +16,7 @@ from llama_index.core.indices.prompt_helper import (
 )
 from llama_index.core.llms.llm import LLM
 from llama_index.core.node_parser import TokenTextSplitter
-from llama_index.core.prompts import BasePromptTemplate, PromptTemplate  # noqa: F401  # for the example
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.tools import BaseTool
 from llama_index.core.utilities.token_counting import TokenCounter
 from pydantic import PrivateAttr
@@ -108,6 +108,7 @@ class BlockPromptHelper(PromptHelper):
         separator: As in ``PromptHelper``.
 
     Example:
+        >>> from llama_index.core import PromptTemplate
         >>> helper = BlockPromptHelper(context_window=20, num_output=10, tokenizer=str.split)
         >>> helper.repack(PromptTemplate("{context_str}"), ["Ada wrote it.", "Charles built it", "and paid."])
         ['Ada wrote it.', 'Charles built it\n\nand paid.']

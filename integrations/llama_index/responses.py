@@ -102,7 +102,7 @@ def tool_selections(response: ChatResponse) -> list[ToolSelection]:
         ToolSelection(
             tool_id=block.tool_call_id or block.tool_name,
             tool_name=block.tool_name,
-            tool_kwargs=block.tool_kwargs,  # type: ignore[arg-type]  # text becomes {}, as in every LLM
+            tool_kwargs=block.tool_kwargs if isinstance(block.tool_kwargs, dict) else {},
         )
         for block in response.message.blocks
         if isinstance(block, ToolCallBlock)
