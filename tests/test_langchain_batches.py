@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -23,7 +24,9 @@ from langchain_parts import (
     scripted_chat,
     scripted_llm,
 )
-from transformers import LogitsProcessor, LogitsProcessorList
+from rag_blockcache.integrations.langchain.batching import atogether
+from test_block_cache import Slow
+from transformers import LogitsProcessorList
 
 from rag_blockcache import SharedCache
 from rag_blockcache.errors import ContextTooLongError, InvalidInputError
@@ -192,12 +195,46 @@ def test_an_input_that_streams_does_not_keep_the_others_waiting(monkeypatch):
     assert model.engine.batch_sizes == [2]
 
 
-class Slow(LogitsProcessor):
-    """Takes its time over every token, so that whoever waits for an answer is seen to wait."""
+def hundred_tokens(slow):
+    """Return options of an answer that takes two seconds."""
+    return {"max_tokens": 100, "min_new_tokens": 100, "logits_processor": LogitsProcessorList([slow])}
 
-    def __call__(self, input_ids, scores):
-        time.sleep(0.02)
-        return scores
+
+async def some_steps(slow):
+    while slow.num_steps < 3:
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("chat", {}), ("llm", {}), ("chat", {"num_beams": 3})])
+async def test_a_cancelled_batch_stops_decoding(kind, more, request):
+    model, slow = request.getfixturevalue(kind), Slow(0.02)
+    task = asyncio.create_task(model.abatch(["one", "another"], **hundred_tokens(slow), **more))
+    await some_steps(slow)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    for thread in threading.enumerate():
+        if thread.name == "rag-blockcache-batch":
+            thread.join()
+    assert 3 <= slow.num_steps < 50
+
+
+async def test_an_input_that_is_cancelled_does_not_end_the_others(chat, batch_sizes):
+    alone = chat.invoke("another", max_tokens=100, min_new_tokens=100).content
+    slow, tasks = Slow(0.02), {}
+
+    async def ask(question):
+        tasks[question] = asyncio.current_task()
+        return await chat.ainvoke(question, **hundred_tokens(slow))
+
+    calls = [partial(ask, question) for question in ("one", "another")]
+    together = asyncio.create_task(atogether(chat.engine, calls, 2))
+    await some_steps(slow)
+    tasks["one"].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await together
+    assert (await tasks["another"]).content == alone
+    assert (slow.num_steps, batch_sizes) == (100, [2])
 
 
 async def longest_stall(work):
@@ -224,7 +261,7 @@ def test_eight_coroutines_get_their_own_answers_while_the_event_loop_runs_on(cha
     questions = [f"{'x' * n} What does number {n} say?" for n in range(8)]
     one_by_one = [chat.invoke(question).content for question in questions]
     assert len(set(one_by_one)) > 1
-    slow = chat.bind(logits_processor=LogitsProcessorList([Slow()]))
+    slow = chat.bind(logits_processor=LogitsProcessorList([Slow(0.02)]))
 
     async def streamed(question):
         return sum([piece async for piece in slow.astream(question)], AIMessageChunk(content=""))

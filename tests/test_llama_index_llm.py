@@ -7,6 +7,7 @@ import doctest
 import importlib
 import pickle
 import sys
+import threading
 import time
 
 import pytest
@@ -45,6 +46,8 @@ from pydantic import ValidationError
 from rag_blockcache.integrations.llama_index import BlockCacheLLM, BlockPromptHelper
 from rag_blockcache.integrations.llama_index.messages import cited_texts, template_messages
 from rag_blockcache.integrations.llama_index.options import call_options
+from test_block_cache import Slow
+from transformers import LogitsProcessorList
 
 from rag_blockcache.errors import InvalidInputError, MissingDependencyError
 
@@ -305,6 +308,41 @@ def test_asynchronous_calls_answer_as_the_others():
     assert chat.message.content == chat_pieces[-1].message.content == llm.chat(ASKED).message.content
     assert completion.text == pieces[-1].text == llm.complete("abc", formatted=True).text
     assert "".join(piece.delta for piece in chat_pieces) == chat.message.content
+
+
+async def last_of(stream):
+    return [piece async for piece in await stream][-1]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda llm: llm.achat(ASKED),
+        lambda llm: llm.acomplete("abc"),
+        lambda llm: last_of(llm.astream_chat(ASKED)),
+        lambda llm: last_of(llm.astream_complete("abc")),
+        lambda llm: Setup(llm, stories()).query_engine().aquery("When?"),
+    ],
+    ids=["achat", "acomplete", "astream_chat", "astream_complete", "a query engine"],
+)
+def test_a_cancelled_task_stops_decoding(ask):
+    slow = Slow(0.02)
+    options = {"min_new_tokens": 100, "logits_processor": LogitsProcessorList([slow])}
+    llm = tiny_llm(max_new_tokens=100, generate_kwargs=options)
+
+    async def ask_and_cancel():
+        task = asyncio.create_task(ask(llm))
+        while slow.num_steps < 3:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(ask_and_cancel())
+    for thread in threading.enumerate():
+        if thread.name == "rag-blockcache-answer":
+            thread.join()
+    assert 3 <= slow.num_steps < 50
 
 
 async def while_watched(asked: list) -> tuple[list, float]:

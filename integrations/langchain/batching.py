@@ -2,7 +2,8 @@
 
 LangChain runs a batch as so many single calls. That is kept, down to the last callback: the calls run side by
 side, and where each would ask the engine, it waits for the others. Once all have asked, or ended without
-asking (their answer was cached, say), the engine answers them in one batch.
+asking (their answer was cached, say), the engine answers them in one batch. A call that is cancelled ends its
+row of the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from langchain_core.runnables.config import ContextThreadPoolExecutor
+from torch import Tensor
+from transformers import StoppingCriteria
 
 from rag_blockcache import Answer, Chat, SharedCache, Text
 from rag_blockcache.errors import InvalidInputError
@@ -62,7 +66,7 @@ def ask(engine: SharedCache, request: Chat | Text, options: Mapping[str, Any]) -
     call = _call_in_progress(engine)
     if call is None:
         return engine.answer(request, **options)
-    return call.ask(request, options).result()
+    return call.ask(request, options).answer.result()
 
 
 async def aask(engine: SharedCache, request: Chat | Text, options: Mapping[str, Any]) -> Answer:
@@ -70,7 +74,12 @@ async def aask(engine: SharedCache, request: Chat | Text, options: Mapping[str, 
     call = _call_in_progress(engine)
     if call is None:
         return await engine.aanswer(request, **options)
-    return await asyncio.wrap_future(call.ask(request, options))
+    asked = call.ask(request, options)
+    try:
+        return await asyncio.wrap_future(asked.answer)
+    except asyncio.CancelledError:
+        asked.is_given_up.set()
+        raise
 
 
 def leave_batch() -> None:
@@ -92,6 +101,19 @@ class _Asked:
     request: Chat | Text
     options: Mapping[str, Any]
     answer: Future[Answer] = field(default_factory=Future)
+    is_given_up: threading.Event = field(default_factory=threading.Event)
+
+
+class _NobodyWaits(StoppingCriteria):
+    """Ends those rows of a batch whose answer nobody waits for any more."""
+
+    def __init__(self, asked: Sequence[_Asked]) -> None:
+        self._asked = asked
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        given_up = torch.tensor([each.is_given_up.is_set() for each in self._asked])
+        num_beams = len(input_ids) // len(given_up)
+        return given_up.repeat_interleave(num_beams).to(input_ids.device)
 
 
 class _Batch:
@@ -131,7 +153,7 @@ class _Batch:
         except InvalidInputError:  # of one or several of them; the others shall not suffer
             for each in asked:
                 self._answer_one(each)
-        except BaseException as error:  # whatever it is, those who wait must see it
+        except BaseException as error:  # of any kind: it would end with this thread, and its callers wait
             for each in asked:
                 each.answer.set_exception(error)
 
@@ -139,15 +161,22 @@ class _Batch:
         if not asked:
             return
         requests = [each.request for each in asked]
-        answers = self.engine.answer_batch(requests, **asked[0].options)  # one call's are those of all
+        answers = self.engine.answer_batch(requests, **_options(asked))
         for each, answer in zip(asked, answers, strict=True):
             each.answer.set_result(answer)
 
     def _answer_one(self, asked: _Asked) -> None:
         try:
-            asked.answer.set_result(self.engine.answer(asked.request, **asked.options))
-        except BaseException as error:
+            asked.answer.set_result(self.engine.answer(asked.request, **_options([asked])))
+        except BaseException as error:  # as above
             asked.answer.set_exception(error)
+
+
+def _options(asked: Sequence[_Asked]) -> dict[str, Any]:
+    """Return the options of one call, which are those of all, and have rows end that nobody waits for."""
+    options = asked[0].options
+    criteria = options.get("stopping_criteria") or ()
+    return {**options, "stopping_criteria": [*criteria, _NobodyWaits(asked)]}
 
 
 class _Call:
@@ -166,11 +195,11 @@ class _Call:
             _current.reset(token)
             self.leave()
 
-    def ask(self, request: Chat | Text, options: Mapping[str, Any]) -> Future[Answer]:
+    def ask(self, request: Chat | Text, options: Mapping[str, Any]) -> _Asked:
         asked = _Asked(self._index, request, options)
         self.batch.add(asked)
         self.leave()
-        return asked.answer
+        return asked
 
     def leave(self) -> None:
         if self.is_awaited:
