@@ -123,6 +123,9 @@ class PassageRegistry:
     def remove(self, texts: Iterable[str]) -> int:
         """Remove texts; unknown ones are passed over.
 
+        However often and by whomever a text was added, it goes; whoever shares texts among passages keeps the
+        count, as the manifest of an index does.
+
         Returns:
             How many were there.
         """

@@ -173,6 +173,19 @@ def test_a_block_and_its_text_stay_until_the_last_passage_with_them_goes(index, 
     assert_whole(directory, cache)
 
 
+def test_a_text_stays_known_as_long_as_it_stands_under_another_title(index, directory, cache):
+    index.add([Passage(ADA, title=title, passage_id=title) for title in ("Notes", "Letters", "Papers")])
+    assert index.totals.num_encoded_blocks == 1
+    for title in ("Notes", "Letters"):
+        index.delete([title])
+        assert (stored(cache, ADA), known_texts(directory)) == ([True], [ADA])
+        answer = cache.answer(Text(f"{ADA}\n\nWho wrote it?"), max_new_tokens=2, policy="block")
+        assert (answer.num_hits, answer.num_misses) == (1, 0)
+    index.delete(["Papers"])
+    assert (stored(cache, ADA), known_texts(directory)) == ([False], [])
+    assert_whole(directory, cache)
+
+
 def test_a_passage_put_under_a_name_takes_the_place_of_the_former(index, directory, cache):
     index.add([named(ADA, "a"), named(BOB, "b")])
     index.add([named(CAT, "a", lang="en")])

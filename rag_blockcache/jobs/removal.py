@@ -59,8 +59,11 @@ class Removal:
     def forget(self, passages: Sequence[Passage]) -> None:
         """Forget texts of passages that were released, and delete their blocks, unless others need them.
 
-        A form that another passage has too is forgotten, unless the two passages are alike; it costs no more
-        than that it is not found by itself in a prompt.
+        What has the same block as a passage that stays, stays known; in a format that shows no titles that
+        is every passage with the same text. A form that another passage has too is forgotten, unless the two
+        passages are alike, and so is the text of one that another has under another title, in a format that
+        shows titles: the texts are a set, of which nobody counts who added what. It costs no more than that
+        the text is not found by itself in a prompt, until it is retrieved or prefilled again.
         """
         names = {passage: self._cache.block(passage).block_id for passage in passages}
         forms = {Passage(text) for passage in passages for text in self._other_forms(passage)}
