@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rag_blockcache.generator import Decoded
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.monitor import Monitor
 from rag_blockcache.plan import Plan
 from rag_blockcache.tool_calls import ToolCall
@@ -164,7 +164,7 @@ class PrefillTally:
         self._num_encoded -= num_blocks
         self._num_not_stored += num_blocks
 
-    def add(self, encoded: Iterable[KVStates]) -> None:
+    def add(self, encoded: Iterable[BlockStates]) -> None:
         """Count blocks that were encoded and stored."""
         for states in encoded:
             self.num_done += 1

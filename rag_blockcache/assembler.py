@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.layers import Layer
 from rag_blockcache.model import Model
-from rag_blockcache.rotary import Angles, rotate_keys
+from rag_blockcache.rotary import Angles
+
+_CHUNK_BYTES = 2**22  # of float32, see ``_chunks``
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where the states of a block go: its first token at ``offset`` in the prompt."""
 
-    states: KVStates
+    states: BlockStates
     offset: int
 
 
@@ -232,12 +234,28 @@ def _angles(layer: Layer, reach: int, total_length: int) -> Angles | None:
 
 
 def _place(run: _Run, row: int, start: int, placed: Placement, angles: Angles | None) -> None:
-    num_tokens = placed.states.num_tokens
+    num_tokens, rotary = placed.states.num_tokens, run.layer.rotary
     slots = slice(start + placed.offset, start + placed.offset + num_tokens)
-    keys = placed.states.keys[run.start : run.stop].to(run.keys.device)
-    run.values[:, row, :, slots].copy_(placed.states.values[run.start : run.stop])
-    if angles is None or run.layer.rotary is None:
-        run.keys[:, row, :, slots].copy_(keys)
-        return
-    turned = angles.at(placed.offset, placed.offset + num_tokens)
-    rotate_keys(keys, turned, interleaved=run.layer.rotary.interleaved, out=run.keys[:, row, :, slots])
+    turned = None if angles is None else angles.at(placed.offset, placed.offset + num_tokens)
+    for layers in _chunks(run, num_tokens):
+        stored = slice(run.start + layers.start, run.start + layers.stop)
+        placed.states.of_layers(stored, run.keys.device).place(
+            run.keys[layers, row, :, slots],
+            run.values[layers, row, :, slots],
+            turned,
+            interleaved=rotary is not None and rotary.interleaved,
+        )
+
+
+def _chunks(run: _Run, num_tokens: int) -> Iterator[slice]:
+    """Cut the layers of a run into parts that one operation handles at a time.
+
+    On a CPU, what stands between operations, in float32, would otherwise leave the cache.
+    """
+    num_layers = run.stop - run.start
+    _, _, num_kv_heads, _, head_dim = run.keys.shape
+    each = num_layers
+    if run.keys.device.type == "cpu":
+        each = max(1, _CHUNK_BYTES // max(1, 4 * num_kv_heads * num_tokens * head_dim))
+    for first in range(0, num_layers, each):
+        yield slice(first, min(first + each, num_layers))

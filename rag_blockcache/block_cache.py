@@ -32,7 +32,7 @@ from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
 from rag_blockcache.guard import THRESHOLD, GuardStatus, start_guard, status_of
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.loading import load_model
 from rag_blockcache.matcher import Matcher
 from rag_blockcache.monitor import Monitor
@@ -44,6 +44,7 @@ from rag_blockcache.planner import Planner
 from rag_blockcache.policy_record import without_guard
 from rag_blockcache.prefiller import prefill_passages
 from rag_blockcache.prompt import Prompt
+from rag_blockcache.quantization import codec_named
 from rag_blockcache.request import Message, Question, Request
 from rag_blockcache.response import constrained, read_response, response_pieces
 from rag_blockcache.reuse import FULL, choose_policy
@@ -79,12 +80,15 @@ class BlockCache:
         salt: Blocks of one salt are invisible under another (one a tenant).
         admission: What becomes of a passage that an answer needs and nobody prefilled: ``"always"`` stores
             its block, ``"frequency"`` keeps it in memory and stores it at its second use, ``"off"`` drops it.
+        codec: How blocks are kept: ``"none"`` exactly, ``"int8"`` in about half of the bytes, ``"int4"`` in
+            less than a third; see docs/how-to/size-the-disk.md for what they lose.
         guard_rate: Share of answers that are also run with full attention, in the background, to see what
             reuse costs; see ``guard``. 0 runs none, and costs nothing.
         guard_threshold: Most divergence from full attention that is allowed, in nats a token; beyond it
             ``auto`` steps up to the next policy that computes more again.
 
     Raises:
+        InvalidInputError: If an option has no such value.
         ModelNotFoundError: If the model cannot be found or loaded.
         UnsupportedModelError: If it cannot be served exactly; the message says why.
         StoreError: If the directory cannot be used.
@@ -113,12 +117,15 @@ class BlockCache:
         memory_budget_bytes: int | None = 4 * 2**30,
         salt: str = "",
         admission: Admission = "always",
+        codec: str = "none",
         guard_rate: float = 0.0,
         guard_threshold: float = THRESHOLD,
     ) -> None:
+        form = codec_named(codec)  # a mistake shows before the model is loaded
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
         check_reuse(self.model)
         self.tokenizer = self.model.tokenizer
+        self.codec = codec
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
         shown = [asdict(self.prompt.format), self.prompt.preamble, condition_on_preamble]
         self.auto_policy = AutoPolicy(
@@ -134,7 +141,7 @@ class BlockCache:
         if directory is not None:  # after the model, so that nothing is made where something else is wrong
             disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
         self.store = TieredStore(MemoryStore(memory_budget_bytes), disk)
-        named = json.dumps([self.model.fingerprint, salt])
+        named = json.dumps([self.model.fingerprint, salt, codec])
         self.fingerprint = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
         self._blocks = BlockSource(
             self.model,
@@ -142,6 +149,7 @@ class BlockCache:
             fingerprint=self.fingerprint,
             condition_on_preamble=condition_on_preamble,
             admission=admission,
+            codec=form,
         )
         self._registry = PassageRegistry(directory)
         self._planner = Planner(self.model, self.prompt, self._blocks, Matcher(self._registry))
@@ -184,6 +192,10 @@ class BlockCache:
     def block(self, passage: str | Passage) -> Block:
         """Return the tokens and the name of a passage's block; nothing is encoded."""
         return self._planner.blocks(as_passages([passage]))[0]
+
+    def block_bytes(self, num_tokens: int) -> int:
+        """Return what the states of a block of so many tokens take, in bytes."""
+        return self._blocks.num_bytes(num_tokens)
 
     # Encoding
 
@@ -454,7 +466,7 @@ class BlockCache:
 
     # The stages of a request
 
-    def _load(self, plan: Plan) -> dict[str, KVStates]:
+    def _load(self, plan: Plan) -> dict[str, BlockStates]:
         """Return the states that a plan places."""
         self.auto_policy.apply(plan)
         if plan.policy.is_full:
@@ -469,7 +481,7 @@ class BlockCache:
 
     def _prefill(
         self, plans: Sequence[Plan], *, room: int = 0, num_logits: int = 1
-    ) -> tuple[Context, Tensor, list[dict[str, KVStates]]]:
+    ) -> tuple[Context, Tensor, list[dict[str, BlockStates]]]:
         """Load, assemble and prefill.
 
         Returns:
@@ -520,7 +532,7 @@ class BlockCache:
             for plan, row in zip(plans, decoded, strict=True)
         ]
 
-    def _learn(self, plan: Plan, states: Mapping[str, KVStates]) -> None:
+    def _learn(self, plan: Plan, states: Mapping[str, BlockStates]) -> None:
         """Keep for later prompts what a request brought, now that nobody waits for its first token."""
         self._blocks.promote(plan, states)
         if self._blocks.admission != "off" and (texts := plan.new_texts()):

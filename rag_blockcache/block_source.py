@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates, KVStates
 from rag_blockcache.model import Model
 from rag_blockcache.passages import Block, block_id
 from rag_blockcache.plan import Plan
@@ -32,6 +32,8 @@ class BlockSource:
         condition_on_preamble: Whether blocks also attend to the preamble of their prompt.
         admission: What becomes of blocks that an answer needed and nobody had prefilled: ``always`` stores
             them, ``frequency`` keeps them in memory and stores them at their second use, ``off`` drops them.
+        codec: Form in which blocks are kept, and used: what was just encoded is no nearer to the model than
+            what was stored before, so that an answer does not depend on it.
 
     Raises:
         InvalidInputError: If there is no such admission.
@@ -45,6 +47,7 @@ class BlockSource:
         fingerprint: str,
         condition_on_preamble: bool = False,
         admission: Admission = "always",
+        codec: type[BlockStates] = KVStates,
     ) -> None:
         if admission not in get_args(Admission):
             raise InvalidInputError(f"admission {admission!r} is unknown; use one of {get_args(Admission)}")
@@ -52,6 +55,7 @@ class BlockSource:
         self.fingerprint = fingerprint
         self.condition_on_preamble = condition_on_preamble
         self.admission = admission
+        self.codec = codec
         self._on_probation: dict[str, float] = {}  # in memory alone: seconds to encode, by name
 
     def block(self, token_ids: Sequence[int], *, preamble: Sequence[int] = (), regime: str = "") -> Block:
@@ -60,7 +64,12 @@ class BlockSource:
         named = f"{self.fingerprint}/{regime}"
         return Block(tuple(token_ids), block_id(token_ids, fingerprint=named, conditioned_on=seen))
 
-    def load(self, plan: Plan) -> dict[str, KVStates]:
+    def num_bytes(self, num_tokens: int) -> int:
+        """Return the size of the states of a block of so many tokens."""
+        shape = (self.model.num_layers, self.model.num_kv_heads, num_tokens, self.model.head_dim)
+        return self.codec.num_bytes_of(shape, self.model.dtype)
+
+    def load(self, plan: Plan) -> dict[str, BlockStates]:
         """Return the states of those blocks of a plan that are stored, and note them in the plan."""
         start = time.perf_counter()
         states = self.store.get_many(list({block.block_id for block in plan.blocks.values()}))
@@ -68,12 +77,12 @@ class BlockSource:
         plan.load_seconds = time.perf_counter() - start
         return states
 
-    def encode_missing(self, plan: Plan) -> dict[str, KVStates]:
+    def encode_missing(self, plan: Plan) -> dict[str, BlockStates]:
         """Encode those blocks of a plan that were not found, admit them, and return their states."""
         start = time.perf_counter()
         missing = {b.block_id: b for b in plan.blocks.values() if b.block_id not in plan.found}
         preamble = plan.segments[0].token_ids
-        encoded: dict[str, KVStates] = {}
+        encoded: dict[str, BlockStates] = {}
         first = plan.blocks.get(0)
         if first is not None and missing.pop(first.block_id, None) is not None:
             encoded[first.block_id] = self._preamble(preamble, plan.regime, is_shared=plan.shares_preamble)
@@ -85,7 +94,7 @@ class BlockSource:
         plan.encode_seconds = time.perf_counter() - start
         return encoded
 
-    def promote(self, plan: Plan, states: Mapping[str, KVStates]) -> None:
+    def promote(self, plan: Plan, states: Mapping[str, BlockStates]) -> None:
         """Store what a plan found in memory alone: it has been used for the second time."""
         for name in plan.found & states.keys() & self._on_probation.keys():
             seconds = self._on_probation.pop(name, None)
@@ -94,30 +103,31 @@ class BlockSource:
 
     def encode(
         self, blocks: Sequence[Block], preamble: Sequence[int] = (), regime: str = ""
-    ) -> Iterator[tuple[dict[str, KVStates], float]]:
+    ) -> Iterator[tuple[dict[str, BlockStates], float]]:
         """Yield the states of blocks a batch at a time, with the seconds that each batch took."""
         before = None
         if self.condition_on_preamble and preamble and blocks:
-            before = self._preamble(preamble, regime)
+            before = self._preamble(preamble, regime).unpack()
         start = time.perf_counter()
         token_ids = [block.token_ids for block in blocks]
         for batch in encode_blocks(self.model, token_ids, conditioned_on=before, regime=regime):
-            states = {blocks[index].block_id: states for index, states in batch}
+            states = {blocks[index].block_id: self.codec.pack(states) for index, states in batch}
             yield states, time.perf_counter() - start
             start = time.perf_counter()
 
-    def _preamble(self, preamble: Sequence[int], regime: str, *, is_shared: bool = True) -> KVStates:
+    def _preamble(self, preamble: Sequence[int], regime: str, *, is_shared: bool = True) -> BlockStates:
         """Return the states of a preamble; one that few prompts share is not stored at its first use."""
         name = self.block(preamble, regime=regime).block_id
         states = self.store.get(name)
         if states is None:
             start = time.perf_counter()
-            [[(_, states)]] = encode_blocks(self.model, [preamble], regime=regime)
+            [[(_, encoded)]] = encode_blocks(self.model, [preamble], regime=regime)
+            states = self.codec.pack(encoded)
             admission = "frequency" if self.admission == "always" and not is_shared else self.admission
             self._admit({name: states}, time.perf_counter() - start, admission)
         return states
 
-    def _admit(self, states: Mapping[str, KVStates], seconds: float, admission: Admission) -> None:
+    def _admit(self, states: Mapping[str, BlockStates], seconds: float, admission: Admission) -> None:
         """Keep blocks that an answer needed, where the admission says."""
         if admission == "always" or (admission == "frequency" and self.store.disk is None):
             self._store(states, seconds)
@@ -127,7 +137,7 @@ class BlockSource:
             while len(self._on_probation) > _MAX_ON_PROBATION:
                 self._on_probation.pop(next(iter(self._on_probation)), None)
 
-    def _store(self, states: Mapping[str, KVStates], seconds: float) -> None:
+    def _store(self, states: Mapping[str, BlockStates], seconds: float) -> None:
         """Store blocks; a full disk must not cost the answer."""
         try:
             self.store.put_many(states, cost_seconds=seconds)

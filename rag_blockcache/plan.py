@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rag_blockcache.assembler import Placement
 from rag_blockcache.generator import Computed
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.passages import Block
 from rag_blockcache.prompt import Segment
 from rag_blockcache.request import Request
@@ -55,7 +55,7 @@ class Plan:
             yield index, range(offset, offset + len(segment.token_ids))
             offset += len(segment.token_ids)
 
-    def placements(self, states: Mapping[str, KVStates]) -> list[Placement]:
+    def placements(self, states: Mapping[str, BlockStates]) -> list[Placement]:
         """Return where each block goes; none if everything is computed."""
         if self.policy.is_full:
             return []

@@ -24,14 +24,14 @@ def prefill_passages(
     evict: bool,
 ) -> PrefillReport:
     """Encode and store the blocks of passages that are not stored; see ``BlockCache.prefill``."""
-    store, bytes_per_token = blocks.store, blocks.model.kv_bytes_per_token
+    store = blocks.store
     tally = PrefillTally(num_total, progress)
     remaining, room = iter(passages), store.room(evicting=evict)
     stored: list[str] = []
     while group := list(islice(remaining, _GROUP)):
         missing = _missing(planner, blocks, group, tally.num_done)
         tally.skip(len(group) - len(missing))
-        fitting = [block for block in missing if room.take(len(block.token_ids) * bytes_per_token)]
+        fitting = [block for block in missing if room.take(blocks.num_bytes(len(block.token_ids)))]
         tally.leave_out(len(missing) - len(fitting))
         for batch, seconds in blocks.encode(fitting, planner.usual_preamble()):
             kept = store.put_many(batch, cost_seconds=seconds)

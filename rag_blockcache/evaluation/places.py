@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from rag_blockcache.evaluation import page_cache
 from rag_blockcache.evaluation.requests import (
     FirstToken,
@@ -15,7 +17,6 @@ from rag_blockcache.evaluation.requests import (
     store_blocks,
 )
 from rag_blockcache.evaluation.token_prompts import TokenPrompt
-from rag_blockcache.kv_states import KVStates
 from rag_blockcache.model import Model
 from rag_blockcache.reuse import Policy
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
@@ -94,5 +95,5 @@ class Places:
     def _copy_to_host(self, policy: Policy) -> TieredStore:
         host = TieredStore(MemoryStore(), None)
         states = self.memory.load(make_plan(self.memory, self._prompt, policy))
-        host.put_many({name: KVStates(each.keys.cpu(), each.values.cpu()) for name, each in states.items()})
+        host.put_many({name: each.mapped(Tensor.cpu) for name, each in states.items()})
         return host

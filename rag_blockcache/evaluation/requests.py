@@ -18,7 +18,7 @@ from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation.stopwatch import Clock
 from rag_blockcache.evaluation.token_prompts import TokenPrompt
 from rag_blockcache.generator import prefill
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.model import Model
 from rag_blockcache.plan import Plan
 from rag_blockcache.reuse import Policy
@@ -81,7 +81,7 @@ def store_blocks(source: BlockSource, prompt: TokenPrompt, policy: Policy, *othe
             store.put_many(batch, cost_seconds=seconds)
 
 
-def assemble(model: Model, plan: Plan, states: Mapping[str, KVStates]) -> Context:
+def assemble(model: Model, plan: Plan, states: Mapping[str, BlockStates]) -> Context:
     """Place the blocks of a plan in a new context."""
     context = Context(model, [plan.num_tokens], room=_ROOM)
     context.place(0, plan.placements(states), plan.num_tokens)

@@ -6,7 +6,7 @@ import torch
 
 from rag_blockcache.block_cache import BlockCache
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates, KVStates
 from rag_blockcache.model import Model
 from rag_blockcache.plan import Plan
 from rag_blockcache.rotary import unrotate_keys
@@ -19,7 +19,7 @@ class UnmovedBlockCache(BlockCache):
     position of their block, so that they end up where the block was encoded: at the start.
     """
 
-    def _load(self, plan: Plan) -> dict[str, KVStates]:
+    def _load(self, plan: Plan) -> dict[str, BlockStates]:
         states = super()._load(plan)
         offsets: dict[str, int] = {}
         for index, span in plan.spans():
@@ -30,7 +30,7 @@ class UnmovedBlockCache(BlockCache):
                     "leave it out"
                 )
         return {
-            name: turned_back(self.model, each, offsets.get(name, 0), plan.num_tokens)
+            name: turned_back(self.model, each.unpack(), offsets.get(name, 0), plan.num_tokens)
             for name, each in states.items()
         }
 

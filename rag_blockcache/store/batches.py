@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.store.block_file import HEADER_BYTES, check_states, stored_bytes
 
 SECONDS_PER_TOKEN = 1e-3  # stands in for an unknown cost; only its ratio to measured costs matters
@@ -16,7 +16,7 @@ class NewBlock:
     """A block that asks to be stored, and the seconds it took to encode, measured or estimated."""
 
     block_id: str
-    states: KVStates
+    states: BlockStates
     cost_seconds: float
 
 
@@ -46,7 +46,7 @@ class Room:
 
 
 def new_blocks(
-    blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float
+    blocks: Mapping[str, BlockStates] | Iterable[tuple[str, BlockStates]], cost_seconds: float
 ) -> list[NewBlock]:
     """Share the cost of encoding some blocks among them, by their number of tokens.
 

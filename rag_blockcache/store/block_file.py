@@ -14,60 +14,66 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
+from rag_blockcache.quantization import CODECS
 
 FORMAT_VERSION = 1
 HEADER_BYTES = 4096  # fixed, so that sizes are known before writing, and tensors start on a page of their own
-_CODEC = "none"
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
-def stored_bytes(states: KVStates) -> int:
+def stored_bytes(states: BlockStates) -> int:
     """Return the size of the file that holds these states, in bytes."""
     return HEADER_BYTES + states.num_bytes
 
 
-def check_states(block_id: str, states: KVStates) -> None:
-    """Refuse keys and values that cannot be stored.
+def check_states(block_id: str, states: BlockStates) -> None:
+    """Refuse states that cannot be stored.
 
     Raises:
-        InvalidInputError: If they differ in shape or type, or are of a type that has no name on disk.
+        InvalidInputError: If their tensors do not belong together, as those of a block that was cut after it
+            was packed, or are of a type that has no name on disk.
     """
-    keys, values = states.keys, states.values
-    if keys.shape != values.shape or keys.dtype != values.dtype or keys.ndim != 4:
+    if not states.is_sound:
         raise InvalidInputError(
-            f"block {block_id} has keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} "
-            f"{values.dtype}; both must be (num_layers, num_kv_heads, num_tokens, head_dim) of one type"
+            f"block {block_id} has {_described(states)}; keys and values must be (num_layers, num_kv_heads, "
+            "num_tokens, head_dim) of one type, and what they are packed in as the codec made it"
         )
-    if keys.dtype not in _DTYPE_NAMES:
+    if states.dtype not in _MODEL_DTYPES:
         raise InvalidInputError(
-            f"block {block_id} is {keys.dtype}; convert it to float32, float16 or bfloat16 to store it"
+            f"block {block_id} is {states.dtype}; convert it to float32, float16 or bfloat16 to store it"
         )
 
 
-def write_block(path: Path, block_id: str, states: KVStates) -> None:
+def write_block(path: Path, block_id: str, states: BlockStates) -> None:
     """Write a new file, straight from the memory of the tensors; if that fails, part of it stays.
 
     Args:
         path: Where to write; must not exist yet, its folder must.
         block_id: Name of the block.
-        states: Keys and values that ``check_states`` lets pass, on any device.
+        states: What ``check_states`` lets pass, on any device.
 
     Raises:
         InvalidInputError: If the block id is too long for the header.
         OSError: If the disk is full or the file cannot be written.
     """
-    keys, values = _bytes_of(states.keys), _bytes_of(states.values)
-    header = _header(block_id, states, _checksum(keys, values))
+    parts = _parts(states)
+    header = _header(block_id, states, _checksum(parts))
     with open(path, "xb") as file:
-        for part in (header, keys, values):
+        for part in (header, *parts):
             file.write(part)
 
 
-def read_block(path: Path, block_id: str, *, check: bool) -> KVStates:
+def read_block(path: Path, block_id: str, *, check: bool) -> BlockStates:
     """Map a file into memory and check that it holds the block whole.
 
     The tensors are views of a private mapping: nothing is copied until a page is touched, writing to
@@ -79,7 +85,7 @@ def read_block(path: Path, block_id: str, *, check: bool) -> KVStates:
         check: Read all of it and compare the checksum; otherwise only sizes and header.
 
     Returns:
-        Keys and values on the CPU.
+        The states on the CPU, as their codec keeps them.
 
     Raises:
         FileNotFoundError: If there is no such file (any more).
@@ -88,15 +94,17 @@ def read_block(path: Path, block_id: str, *, check: bool) -> KVStates:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            states = KVStates(file.get_tensor("keys"), file.get_tensor("values"))
+            names = sorted(file.keys())
+            if reason := _mismatch(block_id, metadata, names):
+                raise _corrupt(path, block_id, reason)
+            states = CODECS[metadata["codec"]](**{name: file.get_tensor(name) for name in names})
     except SafetensorError as error:
         raise _corrupt(path, block_id, str(error)) from error
     except RuntimeError:  # torch maps the file by its name, and says no more when it has just been deleted
         if path.exists():
             raise
         raise FileNotFoundError(str(path)) from None
-    reason = _mismatch(block_id, metadata, states) or (_damage(metadata, states) if check else None)
-    if reason:
+    if reason := _unsound(states) or (_damage(metadata, states) if check else None):
         raise _corrupt(path, block_id, reason)
     return states
 
@@ -108,30 +116,35 @@ def request_file(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor as a flat NumPy array; a view, unless they lie apart or elsewhere."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+def _parts(states: BlockStates) -> list[Any]:
+    """Return the bytes of each tensor as a flat NumPy array; a view, unless they lie apart or elsewhere."""
+    return [
+        tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        for tensor in states.tensors().values()
+    ]
 
 
-def _checksum(keys: Any, values: Any) -> str:
-    digest = xxhash.xxh3_128(keys)
-    digest.update(values)
+def _checksum(parts: list[Any]) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _header(block_id: str, states: KVStates, checksum: str) -> bytes:
+def _header(block_id: str, states: BlockStates, checksum: str) -> bytes:
     """Return the length of the JSON header and the header itself, padded with spaces to ``HEADER_BYTES``."""
-    shape, dtype, num_bytes = list(states.keys.shape), _DTYPE_NAMES[states.dtype], states.keys.nbytes
-    description = {
-        "__metadata__": {
-            "block_id": block_id,
-            "checksum": checksum,
-            "codec": _CODEC,
-            "format_version": str(FORMAT_VERSION),
-        },
-        "keys": {"dtype": dtype, "shape": shape, "data_offsets": [0, num_bytes]},
-        "values": {"dtype": dtype, "shape": shape, "data_offsets": [num_bytes, 2 * num_bytes]},
+    metadata = {
+        "block_id": block_id,
+        "checksum": checksum,
+        "codec": states.codec,
+        "format_version": str(FORMAT_VERSION),
     }
+    description: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in states.tensors().items():
+        start, end = end, end + tensor.nbytes
+        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        description[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(description, separators=(",", ":")).encode()
     length = HEADER_BYTES - 8
     if len(text) > length:
@@ -139,20 +152,34 @@ def _header(block_id: str, states: KVStates, checksum: str) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _mismatch(block_id: str, metadata: dict[str, str], states: KVStates) -> str | None:
+def _mismatch(block_id: str, metadata: dict[str, str], names: list[str]) -> str | None:
     """Say what in the header is not as ``write_block`` would have written it."""
-    expected = {"block_id": block_id, "codec": _CODEC, "format_version": str(FORMAT_VERSION)}
+    codec = metadata.get("codec")
+    if codec not in CODECS:
+        return f"its codec is {codec!r}, which this release does not know"
+    expected = {"block_id": block_id, "format_version": str(FORMAT_VERSION)}
     for name, value in expected.items():
         if metadata.get(name) != value:
             return f"its {name} is {metadata.get(name)!r}, not {value!r}"
-    keys, values = states.keys, states.values
-    if keys.shape != values.shape or keys.dtype != values.dtype or keys.ndim != 4:
-        return f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not belong together"
-    return None if keys.dtype in _DTYPE_NAMES else f"its type is {keys.dtype}"
+    if names != sorted(CODECS[codec].names()):
+        return f"its tensors are {', '.join(names)}, not those of codec {codec}"
+    return None
 
 
-def _damage(metadata: dict[str, str], states: KVStates) -> str | None:
-    found, expected = _checksum(_bytes_of(states.keys), _bytes_of(states.values)), metadata.get("checksum")
+def _unsound(states: BlockStates) -> str | None:
+    if not states.is_sound:
+        return f"{_described(states)} do not belong together"
+    return None if states.dtype in _MODEL_DTYPES else f"its type is {states.dtype}"
+
+
+def _described(states: BlockStates) -> str:
+    return ", ".join(
+        f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in states.tensors().items()
+    )
+
+
+def _damage(metadata: dict[str, str], states: BlockStates) -> str | None:
+    found, expected = _checksum(_parts(states)), metadata.get("checksum")
     return None if found == expected else f"its checksum is {found}, not {expected}"
 
 

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, Self
 
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 
 _RAISE = object()
 
 
-class BlockStore(MutableMapping[str, KVStates]):
+class BlockStore(MutableMapping[str, BlockStates]):
     """A mapping from block id to KV states that others may write to and evict from at any time.
 
     A block id names its content: storing under an id that is there already does nothing. A block that
     was there a moment ago may be a miss; use ``get``, and encode on ``None``.
     """
 
-    def __setitem__(self, block_id: str, states: KVStates) -> None:
+    def __setitem__(self, block_id: str, states: BlockStates) -> None:
         self.put(block_id, states)
 
     def __enter__(self) -> Self:
@@ -28,7 +28,7 @@ class BlockStore(MutableMapping[str, KVStates]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(self, block_id: str, states: KVStates, *, cost_seconds: float = 0.0) -> bool:
+    def put(self, block_id: str, states: BlockStates, *, cost_seconds: float = 0.0) -> bool:
         """Store a block, evicting what is worth less until it fits.
 
         Args:
@@ -48,7 +48,7 @@ class BlockStore(MutableMapping[str, KVStates]):
 
     @abstractmethod
     def put_many(
-        self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
+        self, blocks: Mapping[str, BlockStates] | Iterable[tuple[str, BlockStates]], cost_seconds: float = 0.0
     ) -> list[str]:
         """Store several blocks, on disk in one transaction.
 
@@ -67,7 +67,7 @@ class BlockStore(MutableMapping[str, KVStates]):
         """
 
     @abstractmethod
-    def get_many(self, block_ids: Iterable[str]) -> dict[str, KVStates]:
+    def get_many(self, block_ids: Iterable[str]) -> dict[str, BlockStates]:
         """Return those of the blocks that are there and whole, in the order asked for."""
 
     def pop(self, block_id: str, /, default: Any = _RAISE) -> Any:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError, StoreError
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.store.batches import NewBlock, Room, new_blocks, next_batch
 from rag_blockcache.store.block_directory import locked, open_directory
 from rag_blockcache.store.block_file import read_block, request_file, stored_bytes, write_block
@@ -69,7 +69,7 @@ class DiskStore(BlockStore):
         self._lock = threading.Lock()
         self._repair(wait=False)
 
-    def __getitem__(self, block_id: str) -> KVStates:
+    def __getitem__(self, block_id: str) -> BlockStates:
         try:
             states = self._load(block_id)
         except (KeyError, CorruptBlockError):
@@ -99,7 +99,7 @@ class DiskStore(BlockStore):
         self._index.remove_all()
 
     def put_many(
-        self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
+        self, blocks: Mapping[str, BlockStates] | Iterable[tuple[str, BlockStates]], cost_seconds: float = 0.0
     ) -> list[str]:
         """Store several blocks in one transaction, or in several if they exceed the budget together.
 
@@ -122,7 +122,7 @@ class DiskStore(BlockStore):
             )
         return [block.block_id for block in new if block.block_id in kept]
 
-    def get_many(self, block_ids: Iterable[str]) -> dict[str, KVStates]:
+    def get_many(self, block_ids: Iterable[str]) -> dict[str, BlockStates]:
         """Return those of the blocks that are there and whole, in the order asked for.
 
         A damaged block is logged, dropped and left out. Files that this process reads for the first time are
@@ -241,7 +241,7 @@ class DiskStore(BlockStore):
                 "been dropped unread, encode its passage again"
             ) from error
 
-    def _load(self, block_id: str) -> KVStates:
+    def _load(self, block_id: str) -> BlockStates:
         name = self._name_of(block_id)
         if name is None:
             raise KeyError(block_id)
@@ -253,7 +253,7 @@ class DiskStore(BlockStore):
         self._checked.add(name)
         return states
 
-    def _read(self, block_id: str, name: str, *, check: bool) -> KVStates:
+    def _read(self, block_id: str, name: str, *, check: bool) -> BlockStates:
         with translated_errors(self.directory):
             try:
                 return read_block(self._index.path(name), block_id, check=check)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.store.batches import NewBlock, new_blocks
 from rag_blockcache.store.block_store import BlockStore
 from rag_blockcache.store.eviction import priority
@@ -18,7 +18,7 @@ from rag_blockcache.store.stats import StoreStats
 
 @dataclass
 class _Entry:
-    states: KVStates
+    states: BlockStates
     cost_seconds: float
     num_uses: int
     priority: float
@@ -62,7 +62,7 @@ class MemoryStore(BlockStore):
         self._num_hits = self._num_misses = self._num_evictions = 0
         self._lock = threading.RLock()
 
-    def __getitem__(self, block_id: str) -> KVStates:
+    def __getitem__(self, block_id: str) -> BlockStates:
         with self._lock:
             entry = self._entries.get(block_id)
             if entry is None:
@@ -88,12 +88,12 @@ class MemoryStore(BlockStore):
         return len(self._entries)
 
     def put_many(
-        self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
+        self, blocks: Mapping[str, BlockStates] | Iterable[tuple[str, BlockStates]], cost_seconds: float = 0.0
     ) -> list[str]:
         """Keep several blocks; see ``BlockStore.put_many``."""
         return [block.block_id for block in new_blocks(blocks, cost_seconds) if self._keep(block)]
 
-    def get_many(self, block_ids: Iterable[str]) -> dict[str, KVStates]:
+    def get_many(self, block_ids: Iterable[str]) -> dict[str, BlockStates]:
         """Return those of the blocks that are held, in the order asked for."""
         found = {}
         for block_id in dict.fromkeys(block_ids):
@@ -150,7 +150,7 @@ class MemoryStore(BlockStore):
                 return True
             if not self._make_room(block.states.num_bytes):
                 return False
-            states = KVStates(_own_storage(block.states.keys), _own_storage(block.states.values))
+            states = block.states.mapped(_own_storage)
             entry = _Entry(states, block.cost_seconds, num_uses=1, priority=0.0)
             entry.priority = self._priority(entry)
             self._entries[block.block_id] = entry

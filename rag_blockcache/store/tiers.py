@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.store.batches import Room
 from rag_blockcache.store.block_store import BlockStore
 from rag_blockcache.store.disk import DiskStore
@@ -43,7 +43,7 @@ class TieredStore(BlockStore):
         self.memory = memory
         self.disk = disk
 
-    def __getitem__(self, block_id: str) -> KVStates:
+    def __getitem__(self, block_id: str) -> BlockStates:
         if self.memory is not None:
             states = self.memory.get(block_id)
             if states is not None:
@@ -92,7 +92,7 @@ class TieredStore(BlockStore):
             tier.clear()
 
     def put_many(
-        self, blocks: Mapping[str, KVStates] | Iterable[tuple[str, KVStates]], cost_seconds: float = 0.0
+        self, blocks: Mapping[str, BlockStates] | Iterable[tuple[str, BlockStates]], cost_seconds: float = 0.0
     ) -> list[str]:
         """Store several blocks on disk, and keep them in memory; see ``BlockStore.put_many``.
 
@@ -105,7 +105,7 @@ class TieredStore(BlockStore):
             self.memory.put_many(pairs)  # without cost: a miss there costs a load from disk, alike for all
         return kept
 
-    def get_many(self, block_ids: Iterable[str]) -> dict[str, KVStates]:
+    def get_many(self, block_ids: Iterable[str]) -> dict[str, BlockStates]:
         """Return those of the blocks that any tier holds, in the order asked for."""
         wanted = list(dict.fromkeys(block_ids))
         found = self.memory.get_many(wanted) if self.memory is not None else {}
