@@ -21,6 +21,7 @@ class IndexSettings:
         adapter: Name or path of the adapter on the model; empty for none.
         dtype: What the model computes in, ``"bfloat16"`` say; empty for the model's own.
         preamble: Text before the passages, in every prompt; empty for none.
+        codec: How blocks are kept, see ``BlockCache``.
     """
 
     model: str
@@ -31,6 +32,7 @@ class IndexSettings:
     adapter: str = ""
     dtype: str = ""
     preamble: str = ""
+    codec: str = "none"
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ _IS_OWN = f"{_OWN_CONTENT} IS NOT NULL"
 _PAGE = 500  # rows in hand at a time where a table may be larger than memory
 
 _COMPARED = {
+    "codec": "the codec {codec}",  # before the fingerprint, which it is part of
     "fingerprint": "the model {model} (fingerprint {fingerprint})",
     "embedder": "the embedder {embedder}",
     "passage_format": "the passage format {passage_format}",

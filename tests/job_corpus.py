@@ -33,11 +33,10 @@ class FakeCache:
     def __init__(
         self, directory: Path | None, fingerprint: str = "fake", *, disk_budget_bytes: int | None = None
     ) -> None:
-        self.fingerprint = fingerprint
+        self.fingerprint, self.codec = fingerprint, "none"
         self.store = TieredStore(None, DiskStore(directory / "blocks", size_limit_bytes=disk_budget_bytes))
         self.model = SimpleNamespace(
             max_length=WINDOW,
-            kv_bytes_per_token=32,
             dtype=torch.float32,
             network=SimpleNamespace(name_or_path=f"models/{fingerprint}"),
         )
@@ -49,6 +48,9 @@ class FakeCache:
     def block(self, passage: Passage) -> Block:
         token_ids = tuple(f"{passage.title}|{passage.text}".encode())
         return Block(token_ids, block_id(token_ids, fingerprint=self.fingerprint))
+
+    def block_bytes(self, num_tokens: int) -> int:
+        return 32 * num_tokens
 
     def prefill(self, passages, *, progress=None, evict=True) -> PrefillReport:
         blocks = [self.block(passage) for passage in passages]

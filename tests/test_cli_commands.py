@@ -138,12 +138,13 @@ def test_the_same_command_again_finds_nothing_to_do(corpus, made, models):
 
 def test_options_left_out_are_those_that_the_index_was_made_with(corpus, tmp_path, models):
     options = ("--dtype", "bfloat16", "--passage-format", "plain", "--max-passage-tokens", 40, "--overlap", 9)
-    index(corpus, tmp_path / "kv", *models, *options, "--preamble", "Read this.")
+    index(corpus, tmp_path / "kv", *models, *options, "--preamble", "Read this.", "--codec", "int4")
     before = run_json("status", tmp_path / "kv")["settings"]
-    assert (before["dtype"], before["passage_format"], before["preamble"]) == (
+    assert (before["dtype"], before["passage_format"], before["preamble"], before["codec"]) == (
         "bfloat16",
         "plain",
         "Read this.",
+        "int4",
     )
     (corpus / "more.txt").write_text("The numbers were printed on paper.")
     assert index(corpus, tmp_path / "kv")["num_encoded_blocks"] == 1
@@ -171,6 +172,8 @@ def test_what_an_index_was_made_with_is_not_changed(corpus, made, other_model_pa
     again = ("index-and-prefill", corpus, "--out", made)
     assert "was made with the model" in error_of(*again, "--model", other_model_path)
     assert "was made with" in error_of(*again, "--dtype", "bfloat16")
+    assert "was made with the codec none, not the codec int8" in error_of(*again, "--codec", "int8")
+    assert "codec 'int3' is unknown" in error_of(*again, "--codec", "int3")
     assert "passage format paper" in error_of(*again, "--passage-format", "plain")
     assert "was made with the preamble" in error_of(*again, "--preamble", "Read this.")
     assert "20 tokens" in error_of(*again, "--max-passage-tokens", "20")
@@ -369,19 +372,24 @@ def test_a_foreign_index_is_told_so(command, tmp_path):
 # estimate, export, import
 
 
-def test_an_estimate_is_what_the_job_then_does(corpus, tmp_path, models):
-    options = ("--max-passage-tokens", 60)
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_an_estimate_is_what_the_job_then_does(corpus, tmp_path, models, codec):
+    options = ("--max-passage-tokens", 60, "--codec", codec)
+    planned = index(corpus, tmp_path / "kv", *models, *options, "--dry-run")["num_bytes"]
     found = run_json("estimate", corpus, "--model", models[1], "--out", tmp_path, *options)
     report = index(corpus, tmp_path / "kv", *models, *options)
     assert (found["num_tokens"], found["num_bytes"]) == (report["num_tokens"], report["num_bytes"])
+    assert planned == pytest.approx(report["num_bytes"], rel=0.01)
     assert found["fits"] is True
     shown = run("estimate", corpus, "--model", models[1], "--tokens-per-second", 100).stdout
     assert "with reuse" in shown
     assert "as given" in shown
 
 
-def test_an_index_moves_in_one_file(made, tmp_path, tiny_model_path):
-    exported = run_json("export", made, tmp_path / "kv.tar")
+@pytest.mark.parametrize("codec", ["none", "int4"])
+def test_an_index_moves_in_one_file(corpus, tmp_path, models, tiny_model_path, codec):
+    index(corpus, tmp_path / "kv", *models, "--codec", codec)
+    exported = run_json("export", tmp_path / "kv", tmp_path / "kv.tar")
     imported = run_json("import", tmp_path / "kv.tar", tmp_path / "there", "--model", tiny_model_path)
     assert imported["num_bytes"] == exported["num_bytes"]
     answer = run_json("ask", tmp_path / "there", "Who?", "--policy", "block", "--max-new-tokens", 2)

@@ -74,14 +74,18 @@ def import_index(
 
 
 def _fingerprint(archive: Path, model: str, adapter: str | None, device: str | None) -> str:
-    """Load a model in the dtype that the archive was made with, and return its fingerprint."""
+    """Load a model as the archive was made with it, and return its fingerprint."""
     from rag_blockcache.jobs.archive_file import reported
     from rag_blockcache.jobs.archive_reader import read_settings
 
     with reported(archive), tarfile.open(archive, "r|*") as tar:
         settings = read_settings(tar, archive)
     return fingerprint_of(
-        model, adapter=adapter or settings.adapter or None, dtype=settings.dtype or None, device=device
+        model,
+        adapter=adapter or settings.adapter or None,
+        dtype=settings.dtype or None,
+        device=device,
+        codec=settings.codec,
     )
 
 

@@ -12,6 +12,7 @@ from rag_blockcache.cli.failures import end_with, show_failures
 from rag_blockcache.cli.options import (
     Adapter,
     AsJson,
+    Codec,
     Device,
     Documents,
     Dtype,
@@ -49,6 +50,7 @@ def estimate(
     device: Device = None,
     dtype: Dtype = None,
     passage_format: PassageFormat = None,
+    codec: Codec = None,
     max_passage_tokens: MaxPassageTokens = None,
     overlap: Overlap = None,
     as_json: AsJson = False,
@@ -64,7 +66,13 @@ def estimate(
 
     with (
         BlockCache(
-            model, None, device=device, dtype=dtype, adapter=adapter, passage_format=passage_format or "paper"
+            model,
+            None,
+            device=device,
+            dtype=dtype,
+            adapter=adapter,
+            passage_format=passage_format or "paper",
+            codec=codec or "none",
         ) as cache,
         ProgressBar(stderr()) as progress,
     ):

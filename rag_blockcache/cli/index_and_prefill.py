@@ -17,6 +17,7 @@ from rag_blockcache.cli.opening import recorded_settings
 from rag_blockcache.cli.options import (
     Adapter,
     AsJson,
+    Codec,
     Device,
     DiskBudget,
     Documents,
@@ -58,6 +59,7 @@ def index_and_prefill(
         str | None, typer.Option(help="Text before the passages. The passage format's own if left out.")
     ] = None,
     passage_format: PassageFormat = None,
+    codec: Codec = None,
     max_passage_tokens: MaxPassageTokens = None,
     overlap: Overlap = None,
     index_factory: Annotated[
@@ -100,6 +102,7 @@ def index_and_prefill(
         dtype=dtype,
         preamble=preamble,
         passage_format=passage_format,
+        codec=codec,
     )
     from rag_blockcache.jobs.index_and_prefill import index_and_prefill as run
     from rag_blockcache.jobs.index_and_prefill import settings_of
@@ -152,6 +155,7 @@ class _Options:
     dtype: str | None
     preamble: str | None
     passage_format: str
+    codec: str
 
     @classmethod
     def complete(cls, recorded: IndexSettings | None, **asked: Any) -> _Options:
@@ -165,7 +169,8 @@ class _Options:
             missing = " and ".join(f"--{name}" for name in ("model", "embedder") if not asked[name])
             if missing:
                 raise InvalidInputError(f"a new index needs {missing}; name a hub id or a folder")
-            return cls(**{**asked, "passage_format": asked["passage_format"] or "paper"})
+            usual = {"passage_format": "paper", "codec": "none"}
+            return cls(**asked | {name: asked[name] or value for name, value in usual.items()})
         if asked["preamble"] not in (None, recorded.preamble):
             raise IndexMismatchError(
                 f"the index was made with the preamble {recorded.preamble!r}, not {asked['preamble']!r}; "
@@ -191,6 +196,7 @@ class _Options:
             adapter=self.adapter,
             preamble=self.preamble,
             passage_format=self.passage_format,
+            codec=self.codec,
             disk_budget_bytes=disk_budget_bytes,
         )
         with cache:

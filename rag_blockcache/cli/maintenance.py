@@ -52,6 +52,7 @@ def _show_status(found: IndexStatus, console: Console) -> None:
             "adapter": made.adapter or "none",
             "embedder": made.embedder,
             "format": f"{made.passage_format}, {made.splitting}",
+            "codec": made.codec,
             "fingerprint": made.fingerprint,
         }
     console.print(facts_table(f"index {found.directory}", facts))

@@ -74,6 +74,7 @@ def open_index(
         adapter=settings.adapter or None,
         preamble=settings.preamble,
         passage_format=settings.passage_format,
+        codec=settings.codec,
         disk_budget_bytes=disk_budget_bytes,
     )
     with cache:
@@ -87,9 +88,11 @@ def open_index(
             yield cache, retriever
 
 
-def fingerprint_of(model: str, *, adapter: str | None, dtype: str | None, device: str | None) -> str:
+def fingerprint_of(
+    model: str, *, adapter: str | None, dtype: str | None, device: str | None, codec: str
+) -> str:
     """Load a model, and return what its blocks are told apart by."""
     from rag_blockcache.block_cache import BlockCache
 
-    with BlockCache(model, None, adapter=adapter, dtype=dtype, device=device) as cache:
+    with BlockCache(model, None, adapter=adapter, dtype=dtype, device=device, codec=codec) as cache:
         return cache.fingerprint

@@ -43,6 +43,14 @@ PassageFormat: TypeAlias = Annotated[
     str | None,
     typer.Option(help="How passages are shown to the model: paper, plain or template. paper if left out."),
 ]
+Codec: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|int8|int4",
+        help="How blocks are kept: none (exactly), int8 (half of the bytes) or int4 (less than a third, for "
+        "some accuracy). none if left out.",
+    ),
+]
 MaxPassageTokens: TypeAlias = Annotated[
     int | None,
     typer.Option(min=8, help="Longest passage to cut documents into, in tokens of the model; usually 256."),

@@ -130,7 +130,7 @@ def estimate(
         )
         raise InvalidInputError(f"there is no passage to be read; name files or folders with text{reasons}")
     speed = _given(tokens_per_second) if tokens_per_second else _measured(cache, corpus.sample)
-    return _worked_out(corpus, speed, cache.model.kv_bytes_per_token, passages_per_question, directory)
+    return _worked_out(corpus, speed, passages_per_question, directory)
 
 
 class _Corpus:
@@ -141,7 +141,7 @@ class _Corpus:
         self._seen: set[bytes] = set()  # 16 bytes a passage are all that is remembered
         self._sample_limit = min(_SAMPLE_TOKENS, cache.model.max_length // 2)
         self._sample_tokens = 0
-        self.num_documents = self.num_passages = self.num_tokens = 0
+        self.num_documents = self.num_passages = self.num_tokens = self.num_bytes = 0
         self.sample: list[Passage] = []
 
     def read(self, paths: Sequence[Path | str]) -> None:
@@ -163,6 +163,7 @@ class _Corpus:
         self._seen.add(name)
         self.num_passages += 1
         self.num_tokens += record.num_tokens
+        self.num_bytes += self._cache.block_bytes(record.num_tokens)
         self._keep(passage, record.num_tokens)
 
     def _keep(self, passage: Passage, num_tokens: int) -> None:
@@ -219,14 +220,13 @@ def _best_of_two(run: Callable[[], object]) -> float:
 def _worked_out(
     corpus: _Corpus,
     speed: Speed,
-    bytes_per_token: int,
     passages_per_question: int,
     directory: Path | str | None,
 ) -> Estimate:
     passage_tokens = corpus.num_tokens / corpus.num_passages
     prompt_tokens = passage_tokens * min(passages_per_question, corpus.num_passages)
     saved = speed.full_seconds_per_token - speed.reuse_seconds_per_token
-    num_bytes = corpus.num_tokens * bytes_per_token
+    num_bytes = corpus.num_bytes
     free_bytes = None if directory is None else _free_bytes(Path(directory))
     return Estimate(
         num_documents=corpus.num_documents,
@@ -241,7 +241,7 @@ def _worked_out(
         full_ttft_seconds=speed.question_seconds + prompt_tokens * speed.full_seconds_per_token,
         reuse_ttft_seconds=speed.question_seconds + prompt_tokens * speed.reuse_seconds_per_token,
         break_even_uses=math.ceil(1 / (speed.tokens_per_second * saved) - 1e-9) if saved > 0 else None,
-        break_even_bytes_per_second=bytes_per_token / saved if saved > 0 else None,
+        break_even_bytes_per_second=num_bytes / corpus.num_tokens / saved if saved > 0 else None,
         break_even_reads_per_second=1 / (saved * passage_tokens) if saved > 0 else None,
         speed=speed,
         failures=tuple(corpus.tally.failures),

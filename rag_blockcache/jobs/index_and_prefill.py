@@ -118,6 +118,7 @@ def settings_of(cache: BlockCache, retriever: Retriever, splitter: PassageSplitt
         splitting=str(splitter),
         dtype=str(cache.model.dtype).removeprefix("torch."),
         preamble=cache.prompt.preamble,
+        codec=cache.codec,
     )
 
 
@@ -155,7 +156,8 @@ class _Job:
         num_blocks, num_tokens = self._choose()
         self.tally.counts["num_encoded_blocks"] = num_blocks
         self.tally.counts["num_tokens"] = num_tokens
-        self.tally.counts["num_bytes"] = num_tokens * self.cache.model.kv_bytes_per_token
+        mean = max(1, num_tokens // max(1, num_blocks))  # bytes of a codec are not quite in proportion
+        self.tally.counts["num_bytes"] = num_tokens * self.cache.block_bytes(mean) // mean
         return self._report(num_planned=num_blocks, is_dry_run=True)
 
     def _index(self) -> None:
