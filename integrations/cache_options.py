@@ -32,6 +32,7 @@ class CacheOptions(BaseModel):
     memory_budget_bytes: int | None = Field(default=4 * 2**30, description="Bound of the blocks in memory.")
     salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
     admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")
+    codec: str = Field(default="none", description="How blocks are kept: none (exactly), int8 or int4.")
     guard_rate: float = Field(default=0.0, description="Share of answers compared with full attention.")
     guard_threshold: float = Field(default=THRESHOLD, description="Divergence allowed, in nats a token.")
 
