@@ -42,6 +42,8 @@ NO_PASSAGES = Arm("no-passages", "full", shows_passages=False)  # the zero of fi
 _WAYS: dict[str, dict[str, Any]] = {
     "conditioned": {"options": {"condition_on_preamble": True}},
     "unmoved": {"moves_keys": False},
+    "int8": {"options": {"codec": "int8"}},
+    "int4": {"options": {"codec": "int4"}},
 }
 
 
