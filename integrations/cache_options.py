@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -40,6 +40,12 @@ class CacheOptions(BaseModel):
     @classmethod
     def _as_name(cls, path: Any) -> Any:
         return str(path) if isinstance(path, Path) else path
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy the options; a model or tokenizer that came loaded stays the same object, like the engine."""
+        known = {} if memo is None else memo
+        known |= {id(each): each for each in (getattr(self, "model", None), self.tokenizer)}
+        return super().__deepcopy__(known)
 
     def shared_cache(self, model: Any, **instead: Any) -> SharedCache:
         """Return the engine that all in this process share who have equal options; it loads nothing yet.

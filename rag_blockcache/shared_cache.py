@@ -9,11 +9,12 @@ import weakref
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rag_blockcache.answers import Answer, AnswerStream
 from rag_blockcache.async_answers import AsyncAnswerStream
 from rag_blockcache.block_cache import BlockCache
+from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.loading import ModelCard, model_card
 from rag_blockcache.request import Request
 
@@ -40,8 +41,10 @@ class _Slot:
 class SharedCache:
     """A handle on a ``BlockCache`` that is loaded when it is first needed, once a process.
 
-    Handles with equal arguments share one cache, as long as one of them is alive. Making a handle costs
-    nothing, so frameworks may make and copy them as they like. All methods may be called from any thread.
+    Handles with equal arguments are equal, and share one cache as long as one of them is alive. Making a
+    handle costs nothing, so frameworks may make and copy them as they like; a copy never copies a model. A
+    handle that names its model may be pickled, and in another process opens a cache of its own there. All
+    methods may be called from any thread.
 
     Args:
         model: As for ``BlockCache``. A loaded model is equal to itself alone.
@@ -57,8 +60,8 @@ class SharedCache:
     def __init__(
         self, model: str | Path | PreTrainedModel, directory: str | Path | None, **options: Any
     ) -> None:
-        self._model, self._directory, self._options = model, directory, options
         place = None if directory is None else os.path.abspath(directory)
+        self._model, self._directory, self._options = model, place, options
         chosen = {**_defaults(), **options}  # an option that is spelled out may be the one by default
         named = (_identity(model), place, *((name, _identity(chosen[name])) for name in sorted(chosen)))
         with _lock:
@@ -66,6 +69,27 @@ class SharedCache:
             if slot is None:
                 slot = _slots[named] = _Slot()
         self._slot = slot
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharedCache) and self._slot is other._slot
+
+    def __hash__(self) -> int:
+        return hash(id(self._slot))
+
+    def __copy__(self) -> Self:
+        return self  # nothing of a handle ever changes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        loaded = [each for each in (self._model, self._options.get("tokenizer")) if _is_loaded(each)]
+        if loaded:
+            raise InvalidInputError(
+                f"a handle on a loaded {type(loaded[0]).__name__} cannot be pickled, since another process "
+                "would need a copy of it; name model and tokenizer by hub id or folder, and it can"
+            )
+        return _made, (self._model, self._directory, self._options)
 
     def get(self) -> BlockCache:
         """Return the cache, loading it if no handle has done so; whoever asks meanwhile waits.
@@ -136,6 +160,15 @@ class SharedCache:
             cache, self._slot.cache = self._slot.cache, None
         if cache is not None:
             cache.close()
+
+
+def _made(model: str | Path, directory: str | None, options: dict[str, Any]) -> SharedCache:
+    return SharedCache(model, directory, **options)
+
+
+def _is_loaded(given: Any) -> bool:
+    """Say whether a model or tokenizer came as an object, not by its name."""
+    return not isinstance(given, str | Path | None)
 
 
 @lru_cache(maxsize=1)

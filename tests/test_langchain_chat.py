@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import subprocess
 import sys
 from typing import Literal
@@ -68,6 +70,22 @@ def test_models_with_equal_options_share_one_engine(chat, llm, options):
     assert chat.engine.get() is llm.engine.get()
     assert ChatBlockCache(**{**options, "policy": "full"}).engine.get() is chat.engine.get()
     assert ChatBlockCache(**{**options, "salt": "other"}).engine.get() is not chat.engine.get()
+
+
+def test_a_copied_model_shares_engine_and_weights(chat, llm):
+    for model in (chat, llm):
+        engine = model.engine
+        for again in (copy.copy(model), copy.deepcopy(model), model.model_copy(deep=True)):
+            assert (again.model, again.tokenizer) == (model.model, model.tokenizer)
+            assert again.engine is engine
+        copy.deepcopy({"model": model})["model"].model_kwargs["num_beams"] = 2
+        assert model.model_kwargs == {}
+    assert copy.deepcopy(chat).invoke("Hello").content == chat.invoke("Hello").content
+
+
+def test_a_model_that_is_named_goes_to_other_processes(tiny_model_path):
+    model = ChatBlockCache(model=str(tiny_model_path), max_tokens=3)
+    assert model.engine == pickle.loads(pickle.dumps(model)).engine
 
 
 def test_an_option_that_does_not_exist_is_refused():

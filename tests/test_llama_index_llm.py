@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import doctest
 import importlib
 import pickle
@@ -501,9 +502,19 @@ def test_an_llm_is_written_and_read_as_other_components(tiny_model_path):
 def test_an_llm_and_its_tokenizer_go_to_other_processes(tiny_model_path):
     llm = BlockCacheLLM(model_name=tiny_model_path, max_new_tokens=3)
     again = pickle.loads(pickle.dumps(llm))
-    assert again.engine.model_name == llm.engine.model_name
+    assert again.engine == llm.engine
     tokenizer = pickle.loads(pickle.dumps(Settings.tokenizer))
     assert tokenizer("a b") == Settings.tokenizer("a b")
+
+
+def test_a_copied_llm_shares_engine_and_weights():
+    llm = tiny_llm()
+    for again in (copy.copy(llm), copy.deepcopy(llm), llm.model_copy(deep=True)):
+        assert again.model is llm.model
+        assert again.engine is llm.engine
+        assert again.complete("abc").text == llm.complete("abc").text
+    copy.deepcopy(llm).generate_kwargs["num_beams"] = 2
+    assert llm.generate_kwargs == {}
 
 
 def test_an_llm_is_an_llm():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import rag_blockcache.shared_cache as shared_cache
 from rag_blockcache import BlockCache, Question, SharedCache
 from rag_blockcache.errors import InvalidInputError, ModelNotFoundError
+from rag_blockcache.passage_format import FORMATS
 
 ASKED = Question("Who?", ["Ada wrote the note."])
 
@@ -48,6 +51,50 @@ def test_a_handle_is_cheap_and_knows_the_window_without_the_weights(tiny_model_p
     assert handles[0].tokenizer("a").input_ids
     assert handles[0].model_name == str(tiny_model_path)
     assert not handles[0].is_loaded
+
+
+def test_handles_with_equal_arguments_are_equal(tiny_model_path, tmp_path, monkeypatch):
+    one = SharedCache(tiny_model_path, tmp_path / "kv", salt="a", dtype=torch.float32)
+    monkeypatch.chdir(tmp_path)
+    same = SharedCache(str(tiny_model_path), "kv", dtype=torch.float32, salt="a", device=None)
+    assert one == same
+    assert len({one, same, SharedCache(tiny_model_path, tmp_path / "kv", salt="b")}) == 2
+    assert one != SharedCache(tiny_model_path, None, salt="a", dtype=torch.float32)
+    assert one != "kv"
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))]
+)
+def test_a_handle_of_names_copies_to_an_equal_one(tiny_model_path, tmp_path, monkeypatch, duplicate):
+    monkeypatch.chdir(tmp_path)
+    chosen = {"dtype": torch.bfloat16, "passage_format": FORMATS["plain"], "disk_budget_bytes": 10**7}
+    handle = SharedCache(tiny_model_path, "kv", **chosen)
+    another = duplicate(handle)
+    assert another == handle
+    assert another.get() is handle.get()
+    assert another.get().store.disk.directory == tmp_path / "kv" / "blocks"
+
+
+def test_a_pickled_handle_opens_the_same_place_in_another_directory(tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickled = pickle.dumps(SharedCache(tiny_model_path, "kv"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(pickled).get().store.disk.directory == tmp_path / "kv" / "blocks"
+
+
+def test_a_handle_on_a_loaded_model_copies_to_itself_and_is_not_pickled(tiny_model, tiny_tokenizer):
+    handle = SharedCache(tiny_model, None, tokenizer=tiny_tokenizer)
+    assert copy.copy(handle) is copy.deepcopy(handle) is copy.deepcopy({"engine": handle})["engine"] is handle
+    with pytest.raises(InvalidInputError, match=r"a loaded LlamaForCausalLM cannot.* by hub id"):
+        pickle.dumps(handle)
+
+
+def test_a_handle_with_a_loaded_tokenizer_is_not_pickled(tiny_model_path, tiny_tokenizer):
+    handle = SharedCache(tiny_model_path, None, tokenizer=tiny_tokenizer)
+    with pytest.raises(InvalidInputError, match=r"a loaded Token\w+ cannot be pickled"):
+        pickle.dumps(handle)
 
 
 def test_many_threads_load_once(tiny_model_path, monkeypatch):
