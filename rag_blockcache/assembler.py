@@ -126,6 +126,11 @@ class Context(Cache):
             for layer in self._context_layers:
                 layer.grow(max(end, capacity + capacity // 2))
 
+    def states_of_layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of one layer, each ``(batch, num_kv_heads, num_slots, head_dim)``."""
+        layer = self._context_layers[index]
+        return layer.keys, layer.values
+
     def visible(self, end: int, device: torch.device) -> Tensor:
         """Return whether each slot before ``end`` holds a token of its row, ``(batch, end)``."""
         return torch.arange(end, device=device) >= torch.tensor(self.starts, device=device)[:, None]

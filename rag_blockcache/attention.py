@@ -6,7 +6,10 @@ a mask. Over a long context that copy, and reading it, costs more than it saves.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +20,25 @@ from transformers.masking_utils import sdpa_mask
 NAME = "rag_blockcache"
 _PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"}
 
+# Called with the index of a layer, its queries, its keys, and the factor of their products.
+Observer = Callable[[int, Tensor, Tensor, float], None]
+_observer: ContextVar[Observer | None] = ContextVar("rag_blockcache_attention_observer", default=None)
+
 
 def register() -> None:
     """Make the attention known to transformers by ``NAME``; a model uses it only inside passes of ours."""
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Show the queries and keys of each layer to ``observer``, in passes of this thread inside this block."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def grouped_attention(
@@ -45,6 +62,10 @@ def grouped_attention(
     Returns:
         ``(batch, num_queries, num_heads, head_dim)``, and None for the weights.
     """
+    observer = _observer.get()
+    if observer is not None:
+        layer = cast(int, module.layer_idx)
+        observer(layer, query, key, options.get("scaling") or query.shape[-1] ** -0.5)
     is_grouped = query.shape[1] > key.shape[1] and query.shape[2] > 1
     is_plain = all(
         name in _PLAIN or not value for name, value in options.items() if not isinstance(value, Tensor)

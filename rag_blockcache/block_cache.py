@@ -45,6 +45,7 @@ from rag_blockcache.policy_record import without_guard
 from rag_blockcache.prefiller import prefill_passages
 from rag_blockcache.prompt import Prompt
 from rag_blockcache.quantization import codec_named
+from rag_blockcache.repair import choose_tokens
 from rag_blockcache.request import Message, Question, Request
 from rag_blockcache.response import constrained, read_response, response_pieces
 from rag_blockcache.reuse import FULL, choose_policy
@@ -494,6 +495,7 @@ class BlockCache:
         for row, (plan, loaded) in enumerate(zip(plans, states, strict=True)):
             context.place(row, plan.placements(loaded), max(lengths))
         assembled = time.perf_counter()
+        choose_tokens(self.model, context, plans)
         logits = prefill(self.model, context, [plan.computed() for plan in plans], num_logits=num_logits)
         for plan in plans:
             plan.assemble_seconds = assembled - start

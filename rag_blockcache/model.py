@@ -165,6 +165,23 @@ class Model:
                 for module in training:
                     module.training = True
 
+    @property
+    def can_be_observed(self) -> bool:
+        """Whether ``observing`` works: attention is called by name, and not of a kind of its own."""
+        return self._takes_any_attention and self.config._attn_implementation != "eager"
+
+    @contextlib.contextmanager
+    def observing(self, observer: grouped_attention.Observer) -> Iterator[None]:
+        """Show the queries and keys of each layer to ``observer``, in passes inside this block only."""
+        assert self.can_be_observed, "the planner refuses policies that would need it"
+        with self.lock, grouped_attention.observed(observer):
+            attention = self.config._attn_implementation
+            self.config._attn_implementation = grouped_attention.NAME
+            try:
+                yield
+            finally:
+                self.config._attn_implementation = attention
+
     @contextlib.contextmanager
     def dense_masks(self) -> Iterator[None]:
         """Compute attention with a kernel that takes any mask, inside this block only.
@@ -172,7 +189,7 @@ class Model:
         Flash kernels accept no mask of one row per computed slot; SDPA does.
         """
         used = self.config._attn_implementation
-        if used in ("sdpa", "eager"):
+        if used in ("sdpa", "eager", grouped_attention.NAME):
             yield
             return
         with self.lock:

@@ -30,8 +30,11 @@ class Plan:
     request: Request | None = None  # none where tokens were given
     blocks: dict[int, Block] = field(default_factory=dict)  # by index of the segment
     found: frozenset[str] = frozenset()
+    # Positions that are computed again because of a look at this request; see ``repair``.
+    chosen: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     shares_preamble: bool = True  # with most other prompts, so that it is worth a place on disk at once
     num_stored: int = 0  # tokens of blocks that were encoded for this request, and are kept
+    num_continuation: int = 0  # tokens behind the prompt, at the end of the last segment
     match_seconds: float = 0.0
     load_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -65,23 +68,54 @@ class Plan:
             if index in self.blocks
         ]
 
+    def is_filled(self) -> Tensor:
+        """Return for each slot whether a block fills it, ``(num_tokens,)``."""
+        filled = torch.zeros(self.num_tokens, dtype=torch.bool)
+        for index, span in self.spans():
+            if index in self.blocks and not self.policy.is_full:
+                filled[span.start : span.stop] = True
+        return filled
+
     def is_computed(self) -> Tensor:
         """Return for each slot whether the pass computes it, ``(num_tokens,)``."""
-        computed = torch.ones(self.num_tokens, dtype=torch.bool)
-        if self.policy.is_full:
-            return computed
-        passages = []
-        for index, span in self.spans():
-            if index in self.blocks:
-                computed[span.start : span.stop] = False
-                if self.segments[index].kind == "passage":
-                    passages.append(span)
-        computed[self.policy.computed_again(passages)] = True
+        computed = ~self.is_filled()
+        if not self.policy.is_full:
+            computed[self.policy.computed_again(self._passage_spans())] = True
+            computed[self.chosen] = True
         return computed
+
+    def candidates(self) -> Tensor:
+        """Return for each slot whether it is of a placed passage and not computed again yet."""
+        candidates = torch.zeros(self.num_tokens, dtype=torch.bool)
+        for span in self._passage_spans():
+            candidates[span.start : span.stop] = True
+        return candidates & ~self.is_computed()
+
+    @property
+    def num_passage_tokens(self) -> int:
+        """Number of tokens of the passages whose blocks are placed."""
+        return sum(len(span) for span in self._passage_spans())
+
+    def _passage_spans(self) -> list[range]:
+        passages = set(self._passages())
+        return [span for index, span in self.spans() if index in passages]
+
+    @property
+    def question(self) -> range:
+        """Positions of what is computed behind all passages: the question, and what stands around it."""
+        length = self.num_tokens
+        return range(length - len(self.segments[-1].token_ids), length - self.num_continuation)
 
     def computed(self) -> Computed:
         """Return the slots that the pass computes."""
-        positions = self.is_computed().nonzero()[:, 0]
+        return self._at(self.is_computed())
+
+    def unfilled(self) -> Computed:
+        """Return the slots that no block fills, the question among them."""
+        return self._at(~self.is_filled())
+
+    def _at(self, chosen: Tensor) -> Computed:
+        positions = chosen.nonzero()[:, 0]
         return Computed(positions, torch.tensor(self.token_ids)[positions])
 
     @property

@@ -69,7 +69,14 @@ class Planner:
         regime = self._model.regime(max(total, beside))
         if regime is None and not chosen.is_full:
             chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"
+        if chosen.query > 0 and not self._model.can_be_observed:
+            raise InvalidInputError(
+                f"policy {chosen.name!r} looks at the attention of the model, which "
+                f"{type(self._model.network).__name__} computes in a way of its own "
+                f"({self._model.config._attn_implementation!r}); use 'link-<k>' or 'blend-<share>'"
+            )
         plan = Plan(segments, chosen, reason, regime or "", is_auto=policy == "auto", start=start)
+        plan.num_continuation = len(continuation)
         plan.request = request
         plan.shares_preamble = isinstance(request, Question) and not request.chat_history
         if not chosen.is_full:

@@ -1,7 +1,7 @@
 """Reuse policies: how much of a placed block is computed again.
 
 ``block`` computes nothing again, ``full`` everything; between them stand the policies that repair blocks of a
-model that was never fine-tuned on them.
+model that was never fine-tuned on them. A policy is a name; its parts are joined by ``+``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rag_blockcache.errors import InvalidInputError
 
@@ -20,18 +21,27 @@ class Policy:
     Attributes:
         name: As the user writes it.
         link: Tokens at the start of each passage that are computed again; None computes every slot.
+        query: Share of passage tokens computed again because the question attends to them most.
+        blend: Share of passage tokens computed again because they deviate most behind the first layer.
     """
 
     name: str
     link: int | None
+    query: float = 0.0
+    blend: float = 0.0
 
     @property
     def is_full(self) -> bool:
         """Whether nothing is reused."""
         return self.link is None
 
+    @property
+    def looks(self) -> bool:
+        """Whether tokens are chosen for each request, after a look at it."""
+        return self.query > 0 or self.blend > 0
+
     def computed_again(self, passages: Sequence[range]) -> list[int]:
-        """Return which slots of placed passages are computed again.
+        """Return which slots of placed passages are computed again in every prompt.
 
         The first tokens of a block, encoded alone, draw attention as the first tokens of a text do, and
         there is one such run in every block. Computing them again in place makes them ordinary tokens.
@@ -55,9 +65,14 @@ REPAIR = Policy("link-16", 16)  # of models that were not block-fine-tuned (docs
 # From the cheapest to full attention: each step computes more again and comes closer.
 LADDER = ("block", "link-4", "link-16", "link-64", "full")
 
+_PART = re.compile(r"(link)-(\d+)|(query|blend)-(0?\.\d+|1(?:\.0+)?)", re.ASCII)
+
 
 def parse_policy(name: str) -> Policy | None:
-    """Read a policy by name: ``full``, ``block``, ``link-<k>``, or ``auto``.
+    """Read a policy by name: ``full``, ``block``, ``auto``, or parts with ``+`` between them.
+
+    The parts are ``link-<k>``, ``query-<share>`` and ``blend-<share>``; see ``Policy``. A share is above 0
+    and at most 1.
 
     Returns:
         The policy; None for ``auto``, see ``choose_policy``.
@@ -70,12 +85,26 @@ def parse_policy(name: str) -> Policy | None:
     for policy in (FULL, BLOCK):
         if name == policy.name:
             return policy
-    linked = re.fullmatch(r"link-(\d+)", name, re.ASCII) if isinstance(name, str) else None
-    if linked is None:
-        raise InvalidInputError(
-            f"policy {name!r} is unknown; use 'auto', 'full', 'block' or 'link-<k>' (say, 'link-16')"
-        )
-    return Policy(name, int(linked[1]))
+    parts: dict[str, Any] = {"link": 0}
+    given: list[str] = []
+    for part in name.split("+") if isinstance(name, str) else [""]:
+        found = _PART.fullmatch(part)
+        if found is None:
+            raise _unknown(name)
+        kind = found[1] or found[3]
+        given.append(kind)
+        parts[kind] = int(found[2]) if kind == "link" else float(found[4])
+    shares = [parts[kind] for kind in given if kind != "link"]
+    if len(set(given)) < len(given) or not all(0 < share <= 1 for share in shares):
+        raise _unknown(name)
+    return Policy(name, **parts)
+
+
+def _unknown(name: Any) -> InvalidInputError:
+    return InvalidInputError(
+        f"policy {name!r} is unknown; use 'auto', 'full', 'block' or 'link-<k>' (say, 'link-16'), "
+        "'query-<share>' or 'blend-<share>' (say, 'query-0.15'), or several of these joined by '+'"
+    )
 
 
 def choose_policy(is_block_fine_tuned: bool) -> tuple[Policy, str]:

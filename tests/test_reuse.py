@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.reuse import BLOCK, FULL, REPAIR, choose_policy, parse_policy
+from rag_blockcache.reuse import BLOCK, FULL, REPAIR, Policy, choose_policy, parse_policy
 
 
 def test_policies_are_read_by_name():
@@ -14,10 +14,17 @@ def test_policies_are_read_by_name():
     assert parse_policy("auto") is None
     assert parse_policy("link-16") == REPAIR
     assert parse_policy("link-0").computed_again([range(5, 9)]) == []
+    assert parse_policy("query-.15") == Policy("query-.15", 0, query=0.15)
+    assert parse_policy("blend-1") == Policy("blend-1", 0, blend=1.0)
+    assert parse_policy("query-0.1+link-8") == Policy("query-0.1+link-8", 8, query=0.1)
 
 
 @pytest.mark.parametrize(
-    "name", ["", "blok", "link-", "link--1", "link-1.5", "link-\u0663", "Full", None, 3, ["full"]]
+    "name",
+    [
+        *("", "blok", "link-", "link--1", "link-1.5", "link-\u0663", "Full", None, 3, ["full"], "link-4+"),
+        *("query-0", "query-0.0", "query-1.5", "query", "blend--0.1", "link-4+link-8", "full+query-0.1"),
+    ],
 )
 def test_an_unknown_policy_is_refused_with_the_known_ones(name):
     with pytest.raises(InvalidInputError, match="use 'auto', 'full', 'block' or 'link-<k>'"):
