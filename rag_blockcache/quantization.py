@@ -203,8 +203,9 @@ def _quantize_int8(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return scales and codes of states that share a scale along a dimension."""
     scales, codes = [], []
     for part in _split(states, dim):
-        scales.append(_scales(part.abs().amax(dim, keepdim=True).float() / 127, states.dtype))
-        codes.append((part.float() / scales[-1].float()).round_().clamp_(-127, 127).to(torch.int8))
+        wide = part.float()
+        scales.append(_scales(wide.abs().amax(dim, keepdim=True) / 127, states.dtype))
+        codes.append((wide / scales[-1].float()).round_().clamp_(-127, 127).to(torch.int8))
     return torch.cat(scales, dim), torch.cat(codes, dim)
 
 
@@ -212,11 +213,12 @@ def _quantize_int4(states: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return scales, offsets and codes of states that share a scale and an offset along a dimension."""
     scales, offsets, codes = [], [], []
     for part in _split(states, dim):
-        lowest, highest = (bound.float() for bound in part.aminmax(dim=dim, keepdim=True))
-        scales.append(_scales((highest - lowest) / 15, states.dtype))
+        wide = part.float()
+        lowest = wide.amin(dim, keepdim=True)  # ``aminmax`` takes ten times as long as both of them
+        scales.append(_scales((wide.amax(dim, keepdim=True) - lowest) / 15, states.dtype))
         offsets.append(lowest.to(states.dtype))
-        steps = (part.float() - lowest) / scales[-1].float()
-        codes.append(steps.round_().clamp_(0, 15).to(torch.uint8))
+        steps = (wide - lowest).div_(scales[-1].float()).round_().clamp_(0, 15)
+        codes.append(steps.to(torch.int8).view(torch.uint8))  # to uint8 at once takes longer
     return torch.cat(scales, dim), torch.cat(offsets, dim), torch.cat(codes, dim)
 
 
