@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+AS_ADDED = "passages as they were added"  # the splitting of those who add passages, as vector stores do
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class IndexSettings:
         dtype: What the model computes in, ``"bfloat16"`` say; empty for the model's own.
         preamble: Text before the passages, in every prompt; empty for none.
         codec: How blocks are kept, see ``BlockCache``.
+        condition_on_preamble: Whether blocks also attend to the preamble.
     """
 
     model: str
@@ -33,6 +38,21 @@ class IndexSettings:
     dtype: str = ""
     preamble: str = ""
     codec: str = "none"
+    condition_on_preamble: bool = False
+
+    @classmethod
+    def from_record(cls, texts: Mapping[str, str]) -> IndexSettings:
+        """Return settings from their texts on record; what an older index does not say has its default."""
+        given: dict[str, Any] = dict(texts)
+        given["condition_on_preamble"] = given.get("condition_on_preamble") == "1"
+        return cls(**given)
+
+    @property
+    def conditioning(self) -> str:
+        """What blocks attend to beside themselves, by the options that say so."""
+        if not self.condition_on_preamble:
+            return "condition_on_preamble=False"
+        return f"condition_on_preamble=True and the preamble {self.preamble!r}"
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,12 @@ _IS_OWN = f"{_OWN_CONTENT} IS NOT NULL"
 _PAGE = 500  # rows in hand at a time where a table may be larger than memory
 
 _COMPARED = {
-    "codec": "the codec {codec}",  # before the fingerprint, which it is part of
-    "fingerprint": "the model {model} (fingerprint {fingerprint})",
-    "embedder": "the embedder {embedder}",
-    "passage_format": "the passage format {passage_format}",
-    "splitting": "{splitting}",
+    "codec": "the codec {0.codec}",  # before the fingerprint, which it is part of
+    "fingerprint": "the model {0.model} (fingerprint {0.fingerprint})",
+    "embedder": "the embedder {0.embedder}",
+    "passage_format": "the passage format {0.passage_format}",
+    "conditioning": "{0.conditioning}",
+    "splitting": "{0.splitting}",
 }
 
 Shard = tuple[int, int]
@@ -108,7 +109,7 @@ class Manifest:
     def settings(self) -> IndexSettings | None:
         """What the index was made with; None before the first job."""
         recorded = dict(self._database.read("SELECT name, value FROM settings"))
-        return IndexSettings(**recorded) if recorded else None
+        return IndexSettings.from_record(recorded) if recorded else None
 
     def adopt(self, settings: IndexSettings) -> None:
         """Record the settings of the first job; check those of every later one.
@@ -130,7 +131,7 @@ class Manifest:
         recorded = self.settings or settings
         for name, what in _COMPARED.items():
             if getattr(recorded, name) != getattr(settings, name):
-                before, now = what.format(**asdict(recorded)), what.format(**asdict(settings))
+                before, now = what.format(recorded), what.format(settings)
                 raise IndexMismatchError(
                     f"the index in {self.path.parent} was made with {before}, not {now}; "
                     "use the former, or choose another directory"

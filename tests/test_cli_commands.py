@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from rag_blockcache import BlockCache
 from rag_blockcache.cli import app, ask
+from rag_blockcache.prefilled_index import PrefilledIndex
 from rag_blockcache.store import DiskStore
 
 COMMANDS = ["index-and-prefill", "ask", "status", "verify", "gc", "estimate", "export", "import"]
@@ -70,6 +71,18 @@ def models(tiny_model_path, embedder_path):
 
 
 @pytest.fixture
+def filled_by_a_store(tiny_model_path, tmp_path):
+    """An index with a passage that a vector store added, by vectors of its own."""
+    directory = tmp_path / "store"
+    with (
+        BlockCache(tiny_model_path, directory, passage_format="verbatim") as cache,
+        PrefilledIndex(directory, cache=cache) as index,
+    ):
+        index.add(["Ada wrote the note about the engine."], embeddings=[[1, 0]])
+    return directory
+
+
+@pytest.fixture
 def made(corpus, tmp_path, models):
     """An index of the corpus."""
     index(corpus, tmp_path / "kv", *models)
@@ -122,6 +135,13 @@ def test_documents_become_an_index_that_answers(corpus, tmp_path, models):
     assert {passage["title"] for passage in answer["passages"]} == {"", "Engine", "Babbage"}
     scores = [passage["score"] for passage in answer["passages"]]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_an_index_of_a_vector_store_is_left_to_the_store(corpus, filled_by_a_store, embedder_path):
+    for options in ((), ("--embedder", embedder_path)):
+        error = error_of("index-and-prefill", corpus, "--out", filled_by_a_store, *options)
+        assert "passages that a vector store split, embedded and added" in error
+        assert "add documents through that store, or index into another directory" in error
 
 
 def test_the_report_for_people_has_its_numbers(corpus, tmp_path, models):

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import tempfile
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -265,6 +266,31 @@ def test_other_settings_are_refused_naming_both(manifest, name, before):
     manifest.adopt(SETTINGS)
     with pytest.raises(IndexMismatchError, match=rf"{before}.*not.*another-one.*choose another directory"):
         manifest.adopt(replace(SETTINGS, **{name: "another-one"}))
+
+
+def test_what_blocks_attend_to_is_recorded_and_another_is_refused(manifest):
+    conditioned = replace(SETTINGS, condition_on_preamble=True, preamble="Be brief.")
+    manifest.adopt(conditioned)
+    assert manifest.settings == conditioned
+    for other, message in (
+        (
+            SETTINGS,
+            "condition_on_preamble=True and the preamble 'Be brief.', not condition_on_preamble=False",
+        ),
+        (replace(conditioned, preamble="Be long."), "'Be brief.', not .*'Be long.'"),
+    ):
+        with pytest.raises(IndexMismatchError, match=message):
+            manifest.adopt(other)
+
+
+def test_blocks_of_an_older_index_attend_to_themselves_alone(manifest, tmp_path):
+    manifest.adopt(replace(SETTINGS, preamble="Be brief."))
+    with closing(sqlite3.connect(manifest.path)) as connection, connection:
+        connection.execute("DELETE FROM settings WHERE name = 'condition_on_preamble'")
+    assert manifest.settings.condition_on_preamble is False
+    manifest.adopt(replace(SETTINGS, preamble="Be long."))  # which the blocks have nothing to do with
+    with pytest.raises(IndexMismatchError, match=r"made with condition_on_preamble=False, not .*=True"):
+        manifest.adopt(replace(SETTINGS, condition_on_preamble=True))
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from job_corpus import FakeCache, splitter
 
 from rag_blockcache import BlockCache, Passage, SharedCache, Text
+from rag_blockcache.cli.opening import open_index
 from rag_blockcache.errors import IndexMismatchError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.jobs.index_and_prefill import index_and_prefill
 from rag_blockcache.jobs.index_change import IndexChange
@@ -381,6 +382,19 @@ def test_a_passage_of_the_job_that_is_put_again_by_its_name_stays_when_its_file_
     assert_whole(directory, cache)
 
 
+@pytest.mark.parametrize("has_model", [True, False])
+def test_a_job_over_files_leaves_an_index_of_a_vector_store_alone(directory, cache, files, has_model):
+    with PrefilledIndex(directory, cache=cache if has_model else None) as index:
+        index.add([named(ADA, "a")], embeddings=[[1, 0, 0]])
+    with pytest.raises(
+        IndexMismatchError, match=r"a vector store .* add documents through that store, or index"
+    ):
+        run_job(directory, cache, files)
+    with PrefilledIndex(directory, cache=cache) as index:
+        assert (list(index), list(index.vectors(["a"]))) == (["a"], ["a"])
+    assert status(directory).counts.num_passages == int(has_model)
+
+
 # What does not fit is refused
 
 
@@ -394,6 +408,10 @@ def test_another_model_or_format_is_refused_and_nothing_is_changed(
             {"passage_format": "plain"},
             "was made with the passage format verbatim, not the passage format plain",
         ),
+        (
+            {"passage_format": "verbatim", "condition_on_preamble": True},
+            "was made with condition_on_preamble=False, not condition_on_preamble=True",
+        ),
     ):
         with (
             BlockCache(tiny_model, directory, tokenizer=tiny_tokenizer, **options) as other,
@@ -402,6 +420,24 @@ def test_another_model_or_format_is_refused_and_nothing_is_changed(
         ):
             second.add([BOB])
     assert len(index) == 1
+
+
+def test_an_index_whose_blocks_attend_to_the_preamble_is_opened_by_its_record(
+    tiny_model_path, directory, tmp_path
+):
+    options = {"passage_format": "verbatim", "condition_on_preamble": True, "preamble": "Be brief.\n\n"}
+    with (
+        BlockCache(tiny_model_path, directory, **options) as cache,
+        PrefilledIndex(directory, cache=cache, embedder=embed) as index,
+    ):
+        index.add([ADA])
+        name = cache.block(ADA).block_id
+    with open_index(directory, embedder=embed) as (cache, _):
+        assert cache.block(ADA).block_id == name
+        answer = cache.generate("Who?", [ADA], policy="block", max_new_tokens=1)
+        assert (answer.num_hits, answer.num_misses) == (1, 0)
+    with BlockCache(tiny_model_path, None, passage_format="verbatim", preamble="Be brief.\n\n") as alone:
+        assert alone.block(ADA).block_id != name
 
 
 def test_what_was_interrupted_is_not_settled_by_another_model(index, directory, tiny_model, tiny_tokenizer):

@@ -103,11 +103,13 @@ def index_and_prefill(
         preamble=preamble,
         passage_format=passage_format,
         codec=codec,
+        condition_on_preamble=None,  # as on record; there is no option for it
     )
+    from rag_blockcache.jobs.index_and_prefill import check_origin, settings_of
     from rag_blockcache.jobs.index_and_prefill import index_and_prefill as run
-    from rag_blockcache.jobs.index_and_prefill import settings_of
     from rag_blockcache.manifest import Manifest
 
+    check_origin(recorded, out)
     with (
         _place(out, dry_run) as directory,
         options.open(directory, device, disk_budget, index_factory) as (cache, retriever),
@@ -156,6 +158,7 @@ class _Options:
     preamble: str | None
     passage_format: str
     codec: str
+    condition_on_preamble: bool
 
     @classmethod
     def complete(cls, recorded: IndexSettings | None, **asked: Any) -> _Options:
@@ -169,7 +172,7 @@ class _Options:
             missing = " and ".join(f"--{name}" for name in ("model", "embedder") if not asked[name])
             if missing:
                 raise InvalidInputError(f"a new index needs {missing}; name a hub id or a folder")
-            usual = {"passage_format": "paper", "codec": "none"}
+            usual = {"passage_format": "paper", "codec": "none", "condition_on_preamble": False}
             return cls(**asked | {name: asked[name] or value for name, value in usual.items()})
         if asked["preamble"] not in (None, recorded.preamble):
             raise IndexMismatchError(
@@ -197,6 +200,7 @@ class _Options:
             preamble=self.preamble,
             passage_format=self.passage_format,
             codec=self.codec,
+            condition_on_preamble=self.condition_on_preamble,
             disk_budget_bytes=disk_budget_bytes,
         )
         with cache:

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.index_records import IndexSettings
+from rag_blockcache.errors import IndexMismatchError, InvalidInputError
+from rag_blockcache.index_records import AS_ADDED, IndexSettings
 from rag_blockcache.jobs.documents import PassageSplitter
 from rag_blockcache.jobs.index_lock import index_lock
 from rag_blockcache.jobs.index_report import IndexReport, JobTally
@@ -92,12 +92,14 @@ def index_and_prefill(
     Raises:
         InvalidInputError: If there is not one document to be read below ``paths``, or an argument
             cannot be used. Nothing is removed.
-        IndexMismatchError: If the index was made with another model, embedder, format or splitting.
+        IndexMismatchError: If the index was made with another model, embedder, format or splitting, or by a
+            vector store.
         OutOfSpaceError: If the disk is full. What was committed is usable.
         StoreError: If the directory is held by a job that needs it to itself.
     """
     _check(prefill, shard)
     job = _Job(paths, cache, retriever, manifest, splitter, prefill, usage, shard, JobTally(progress))
+    check_origin(manifest.settings, manifest.path.parent, num_passages=len(retriever))
     recorded = settings or settings_of(cache, retriever, splitter)
     if dry_run:
         manifest.check(recorded)
@@ -106,6 +108,24 @@ def index_and_prefill(
     with index_lock(manifest.path.parent, exclusive=False):
         manifest.adopt(recorded)
         return job.run()
+
+
+def check_origin(recorded: IndexSettings | None, directory: Path, *, num_passages: int = 0) -> None:
+    """Refuse an index of passages that a vector store added: its documents are not files that a job reads.
+
+    Args:
+        recorded: What the index was made with; None if no manifest says so.
+        directory: Of the index.
+        num_passages: How many passages it holds.
+
+    Raises:
+        IndexMismatchError: If it has passages that no job put there.
+    """
+    if (recorded is None and num_passages) or (recorded is not None and recorded.splitting == AS_ADDED):
+        raise IndexMismatchError(
+            f"the index in {directory} holds passages that a vector store split, embedded and added; add "
+            "documents through that store, or index into another directory"
+        )
 
 
 def settings_of(cache: BlockCache, retriever: Retriever, splitter: PassageSplitter | str) -> IndexSettings:
@@ -119,6 +139,7 @@ def settings_of(cache: BlockCache, retriever: Retriever, splitter: PassageSplitt
         dtype=str(cache.model.dtype).removeprefix("torch."),
         preamble=cache.prompt.preamble,
         codec=cache.codec,
+        condition_on_preamble=cache._blocks.condition_on_preamble,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rag_blockcache.errors import InvalidInputError, StoreError
+from rag_blockcache.index_records import AS_ADDED
 from rag_blockcache.jobs.index_and_prefill import settings_of
 from rag_blockcache.jobs.index_lock import index_lock
 from rag_blockcache.jobs.named_passages import NamedPassages
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from rag_blockcache.retriever import Retriever
 
 logger = logging.getLogger(__name__)
-
-_SPLITTING = "passages as they were added"
 
 
 def open_manifest(
@@ -89,7 +88,7 @@ def _settings(
     cache: BlockCache, retriever: Retriever, recorded: IndexSettings | None, adapter: str
 ) -> IndexSettings:
     """Say what the index is made with; how texts are split and embedded is the affair of who adds them."""
-    found = settings_of(cache, retriever, _SPLITTING)
+    found = settings_of(cache, retriever, AS_ADDED)
     if recorded is not None:
         return replace(found, embedder=recorded.embedder, splitting=recorded.splitting)
     return replace(found, model=_absolute(found.model), adapter=_absolute(adapter))
