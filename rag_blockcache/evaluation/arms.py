@@ -39,11 +39,11 @@ class Arm:
 FULL_ARM = Arm("full", "full")  # the reference of all others
 NO_PASSAGES = Arm("no-passages", "full", shows_passages=False)  # the zero of fidelity
 
-_WAYS: dict[str, dict[str, Any]] = {
-    "conditioned": {"options": {"condition_on_preamble": True}},
-    "unmoved": {"moves_keys": False},
-    "int8": {"options": {"codec": "int8"}},
-    "int4": {"options": {"codec": "int4"}},
+_WAYS: dict[str, Mapping[str, Any]] = {  # with what options blocks are made
+    "conditioned": {"condition_on_preamble": True},
+    "unmoved": {},
+    "int8": {"codec": "int8"},
+    "int4": {"codec": "int4"},
 }
 
 
@@ -62,10 +62,10 @@ def parse_arm(name: str) -> Arm:
             f"{name!r} is unknown; behind a policy stand /{' and /'.join(_WAYS)}, and "
             f"{NO_PASSAGES.name!r} shows no passages"
         )
-    chosen: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for way in ways:
-        chosen |= _WAYS[way]
-    return Arm(name, policy, **chosen)
+        options |= _WAYS[way]
+    return Arm(name, policy, moves_keys="unmoved" not in ways, options=options)
 
 
 def parse_arms(names: str) -> list[Arm]:
