@@ -16,9 +16,11 @@ from typer.core import TyperGroup
 from rag_blockcache.cli.archive import export_index, import_index
 from rag_blockcache.cli.ask import ask
 from rag_blockcache.cli.bench import bench
+from rag_blockcache.cli.calibrate import calibrate
 from rag_blockcache.cli.estimate import estimate
 from rag_blockcache.cli.evaluate import evaluate
 from rag_blockcache.cli.finetune import finetune
+from rag_blockcache.cli.guard import guard
 from rag_blockcache.cli.index_and_prefill import index_and_prefill
 from rag_blockcache.cli.maintenance import gc, status, verify
 from rag_blockcache.cli.output import log_to_stderr, print_error, print_note
@@ -26,7 +28,7 @@ from rag_blockcache.errors import RagBlockCacheError
 
 _EXIT_BAD_INPUT = 2
 _EXIT_INTERRUPTED = 130
-_RESUMABLE = {"index-and-prefill", "verify", "gc", "import", "finetune"}
+_RESUMABLE = {"index-and-prefill", "verify", "gc", "import", "calibrate", "finetune"}
 
 
 class _Commands(TyperGroup):
@@ -132,6 +134,8 @@ _add("verify", verify, "rag-blockcache verify ./kv --repair")
 _add("gc", gc, "rag-blockcache gc ./kv --dry-run")
 _add("estimate", estimate, "rag-blockcache estimate docs/ --model MODEL --out ./kv")
 _add("eval", evaluate, "rag-blockcache eval --data FILE --model MODEL --report ./report")
+_add("calibrate", calibrate, "rag-blockcache calibrate ./kv --max-loss 0.05")
+_add("guard", guard, "rag-blockcache guard ./kv --reset")
 _add("export", export_index, "rag-blockcache export ./kv kv.tar")
 _add("import", import_index, "rag-blockcache import kv.tar ./kv --model MODEL")
 _add(

@@ -10,11 +10,13 @@ import typer
 from rich.console import Console
 
 from rag_blockcache.cli.failures import end_with, show_failures
+from rag_blockcache.cli.guard import policies_as_json, show_policies
 from rag_blockcache.cli.opening import open_index
 from rag_blockcache.cli.options import AsJson, Device, Embedder, IndexDirectory, Model
 from rag_blockcache.cli.output import facts_table, print_json, print_note, stderr, stdout, to_json
 from rag_blockcache.cli.progress import ProgressBar
 from rag_blockcache.cli.units import format_bytes, format_count, format_seconds
+from rag_blockcache.policy_record import read_records
 
 if TYPE_CHECKING:
     from rag_blockcache.jobs.maintenance import GarbageReport, IndexStatus
@@ -27,11 +29,12 @@ def status(directory: IndexDirectory, as_json: AsJson = False) -> None:
     """Show what an index holds and what is left to do; no model is loaded."""
     from rag_blockcache.jobs.maintenance import status as status_of
 
-    found = status_of(directory)
+    found, policies = status_of(directory), read_records(directory)
     if as_json:
-        print_json(found)
+        print_json({**to_json(found), "policies": policies_as_json(policies)})
     else:
         _show_status(found, stdout())
+        show_policies(policies, stdout())
 
 
 def _show_status(found: IndexStatus, console: Console) -> None:

@@ -18,6 +18,7 @@ _UNITS = {
     "split": "documents",
     "embed": "passages",
     "prefill": "passages",
+    "ask": "questions",
     "evaluate": "questions",
     "export": "files",
     "import": "files",
