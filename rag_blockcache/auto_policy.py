@@ -26,7 +26,7 @@ class AutoPolicy:
         default: Policy and reason where nothing is on record.
         model: Name of the model, for people.
         fingerprint: ``Model.fingerprint``.
-        prompt: Hash of what stands around passages in every prompt.
+        prompt: Hash of what stands around passages in every prompt, and of how blocks are made.
         can_use: Whether a policy can be used with the model; others are stepped over.
 
     Attributes:

@@ -101,7 +101,7 @@ class PolicyRecord:
     Attributes:
         model: Name of the model, for people.
         fingerprint: ``Model.fingerprint``.
-        prompt: Hash of what stands around passages in every prompt.
+        prompt: Hash of what stands around passages in every prompt, and of how blocks are made.
         calibration: The latest; None for none.
         watched: Policies that the guard has seen, in that order.
         policy: What ``auto`` used when the record was written, for people; it is worked out anew when read.

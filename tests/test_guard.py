@@ -133,6 +133,26 @@ def test_policies_are_told_apart_and_sums_run_on(guarded):
     assert link.divergence < block.divergence
 
 
+@pytest.mark.parametrize("policy", ["link-4", "query-0.2", "link-4+blend-0.3"])
+def test_a_policy_chooses_for_the_comparison_what_it_chose_for_the_answer(policy, guarded, monkeypatch):
+    cache = guarded()
+    plans = []
+    inner = BlockCache._prefill
+
+    def observed(self, given, **options):
+        result = inner(self, given, **options)
+        plans.extend(given)
+        return result
+
+    monkeypatch.setattr(BlockCache, "_prefill", observed)
+    cache.answer(ASKED, policy=policy, **GREEDY)
+    settled(cache, 1)
+    served, compared = plans
+    assert served is not compared
+    assert served.is_computed().equal(compared.is_computed())
+    assert compared.policy.name == policy
+
+
 # Which answers are compared
 
 

@@ -109,7 +109,8 @@ def calibrate(
     with ProgressBar(stderr()) as bar:
         with _opened(directory, opening, embedder, device) as (cache, retriever):
             auto = cache.auto_policy
-            usable = [name for name in names if (policy := parse_policy(name)) and auto.can_use(policy)]
+            if policies is None:  # one that was named and cannot be used is an error
+                names = [name for name in names if auto.can_use(parse_policy(name) or FULL)]
             folder = report or directory / _FOLDER / _key(auto.record, max_new_tokens, cache)
             (directory / _FOLDER).mkdir(mode=0o700, exist_ok=True)  # passages are in it
             if not data:
@@ -118,7 +119,7 @@ def calibrate(
         del cache, retriever  # the evaluation loads the model anew, and two may not fit
         options = EvaluationOptions(
             data=data,
-            policies=",".join(name + opening.way for name in usable),
+            policies=",".join(name + opening.way for name in names),
             limit=limit,
             max_new_tokens=max_new_tokens,
             report=str(folder),
