@@ -1,4 +1,4 @@
-"""Every stock flow of LangChain, unchanged: all passages that it retrieves are reused.
+"""Every stock flow of LangChain, unchanged: all passages that it retrieves and shows as they are, are reused.
 
 What the model saw and answered is read from LangChain's own callbacks. ``num_passages`` counts, by plain
 search, how often texts of retrieved documents stand in the prompts; ``num_reused`` is what the engine says it
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ COMMITTED = Path(__file__).parent.parent / "docs/integrations/flows-langchain.js
 QUESTIONS = ["When was the lighthouse built?", "What does the ferry do in winter?"]
 TINY_MODEL = architectures.build("Llama", {"max_position_embeddings": 16384})
 TINY_TOKENIZER = byte_tokenizer()
+# The repr of a list, which a chain shows that does not format its documents, escapes their line breaks.
+PARAGRAPHS = [Document(f"Of the island:\n\n{each.page_content}", id=each.id) for each in DOCUMENTS]
 CALL = {"name": "island", "args": {"query": "lighthouse"}, "id": "call00001"}
 
 
@@ -251,17 +253,29 @@ class Flow:
         asks: Makes its input from a question.
         learns: Whether LangChain tells of the passages, so that those nobody prefilled are learned.
         variants: Ways to run it.
+        documents: What there is to retrieve.
+        escapes: Whether it shows other texts than those of the documents.
     """
 
     make: Callable[[Setup], Any]
     asks: Callable[[str], Any] = text_input
     learns: bool = True
     variants: tuple[str, ...] = VARIANTS
+    documents: Sequence[Document] = tuple(DOCUMENTS)
+    escapes: bool = False
+
+    def shown(self) -> list[str]:
+        """Return the texts of the documents as they stand in prompts."""
+        texts = [document.page_content for document in self.documents]
+        return [repr(text)[1:-1] for text in texts] if self.escapes else texts
 
 
 FLOWS = {
     "LCEL with format_docs": Flow(lcel),
     "LCEL without format_docs": Flow(lcel_without_format),
+    "LCEL without format_docs, line breaks in documents": Flow(
+        lcel_without_format, documents=PARAGRAPHS, escapes=True
+    ),
     "LCEL with BlockCacheLLM": Flow(lcel_with_llm),
     "create_retrieval_chain": Flow(retrieval_chain, chain_input),
     "create_retrieval_chain, numbered sources": Flow(numbered_retrieval_chain, chain_input),
@@ -316,11 +330,11 @@ def reused(calls: list[Seen]) -> int:
     return sum(call.counts["num_hits"] for call in calls)
 
 
-def setup_for(name: str, variant: str, documents: list[Document] = DOCUMENTS, **options: Any) -> Setup:
+def setup_for(name: str, variant: str, **options: Any) -> Setup:
     shared = {"model": TINY_MODEL, "tokenizer": TINY_TOKENIZER, "max_tokens": 8, "policy": "block"}
     sourced = [
         Document(document.page_content, id=document.id, metadata={"source": f"{document.id}.txt"})
-        for document in documents
+        for document in FLOWS[name].documents
     ]
     return Setup({**shared, "salt": f"{name} {variant}", **options}, sourced)
 
@@ -328,9 +342,9 @@ def setup_for(name: str, variant: str, documents: list[Document] = DOCUMENTS, **
 def measure(name: str, variant: str) -> dict[str, Any]:
     """Run a variant of a flow whose passages were prefilled, found by their text alone."""
     setup = setup_for(name, variant, observes_retrievers=False)
-    texts = [document.page_content for document in setup.documents]
     engine = setup.chat.engine  # which lives as long as somebody holds it
-    engine.get().prefill(texts)
+    engine.get().prefill(document.page_content for document in setup.documents)
+    texts = FLOWS[name].shown()
     calls = run(FLOWS[name], setup, variant)
     if FLOWS[name].make is bound_documents:  # the engine shows them, LangChain's callbacks do not
         num_passages = len(calls) * len(texts)
@@ -340,10 +354,17 @@ def measure(name: str, variant: str) -> dict[str, Any]:
     return {"flow": name, "variant": variant, "num_passages": num_passages, "num_reused": reused(calls)}
 
 
-@pytest.mark.parametrize(("name", "variant"), ROWS)
+@pytest.mark.parametrize(("name", "variant"), [row for row in ROWS if not FLOWS[row[0]].escapes])
 def test_a_flow_reuses_every_passage_that_it_retrieves(name, variant):
     measured = measure(name, variant)
     assert measured["num_reused"] == measured["num_passages"]
+    assert measured in json.loads(COMMITTED.read_text())
+
+
+@pytest.mark.parametrize(("name", "variant"), [row for row in ROWS if FLOWS[row[0]].escapes])
+def test_a_passage_that_a_flow_shows_escaped_is_not_the_one_that_was_prefilled(name, variant):
+    measured = measure(name, variant)
+    assert measured["num_reused"] == 0
     assert measured in json.loads(COMMITTED.read_text())
 
 
@@ -365,15 +386,22 @@ def test_a_flow_whose_passages_nobody_prefilled_reuses_them_at_the_next_question
     assert engine.is_loaded
 
 
-def test_documents_that_a_list_shows_escaped_are_learned_as_they_stand_there():
+def test_documents_that_a_list_shows_escaped_are_learned_as_they_stand_there(monkeypatch):
     documents = [
         Document('The keeper\'s diary:\n\n"On Monday the lens stood still, and on Tuesday I wound it again."')
     ]
-    setup = setup_for("escaped", "", documents, admission="always")
+    monkeypatch.setitem(FLOWS, "escaped", Flow(lcel_without_format, documents=documents, escapes=True))
+    setup = setup_for("escaped", "", admission="always")
     model = setup.chat  # keeps the engine
     model.engine.get().prefill([documents[0].page_content])
-    counts = [run(FLOWS["LCEL without format_docs"], setup, "invoke")[0].counts for _ in range(2)]
+    counts = [run(FLOWS["escaped"], setup, "invoke")[0].counts for _ in range(2)]
     assert [(each["num_hits"], each["num_misses"]) for each in counts] == [(0, 1), (1, 0)]
+
+
+def test_what_stands_before_the_first_escape_is_reused_if_it_is_long(monkeypatch):
+    documents = [Document(f"{'The lighthouse is old and white. ' * 8}\n\nIts lamp burned whale oil.")]
+    monkeypatch.setitem(FLOWS, "long", Flow(lcel_without_format, documents=documents, escapes=True))
+    assert measure("long", "invoke")["num_reused"] == 1
 
 
 if __name__ == "__main__":
