@@ -9,13 +9,11 @@ import qa_data
 import torch
 
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.evaluation.answer_run import AnswerRun, end_token
+from rag_blockcache.evaluation.answer_run import AnswerRun
 from rag_blockcache.evaluation.arms import FULL_ARM, NO_PASSAGES, Arm, parse_arm, parse_arms
 from rag_blockcache.evaluation.engines import Engines
 from rag_blockcache.evaluation.predictions import PredictionLog
 from rag_blockcache.evaluation.qa_examples import read_row
-from rag_blockcache.evaluation.teacher_forcing import TeacherForcing
-from rag_blockcache.model import Model
 
 ARMS = parse_arms("block,link-4,block/unmoved,block/conditioned")
 TOKENS = 12
@@ -216,30 +214,12 @@ def test_what_is_on_record_is_not_written_again_when_it_shares_a_batch(engines, 
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_row_ends_behind_the_answer_that_it_must_write():
-    seen = []
-    forcing = TeacherForcing({1: [5, 6]}, 3, lambda step, scores: seen.append((step, scores.exp().sum(-1))))
-    scores = torch.randn(2, 9)
-    chosen = [forcing(torch.empty(0), scores) for _ in range(4)]
-    assert [int(each[1].argmax()) for each in chosen] == [5, 6, 3, 3]
-    assert all(torch.equal(each[0], scores[0]) for each in chosen)
-    assert [step for step, _ in seen] == [0, 1, 2, 3]
-    torch.testing.assert_close(seen[0][1], torch.ones(2))
-
-
 def test_a_repeated_passage_cannot_be_left_unmoved(engines, examples):
     twice = dataclasses.replace(
         examples[0], passages=examples[0].passages * 2, is_gold=examples[0].is_gold * 2, variant="twice"
     )
     with pytest.raises(InvalidInputError, match="stands twice"):
         measure(engines, [twice])
-
-
-def test_an_answer_ends_with_a_token_of_the_generation_configuration(tiny_model, tiny_tokenizer, monkeypatch):
-    model = Model(tiny_model, tiny_tokenizer)
-    for given, expected in (([7, 9], 7), (3, 3), (None, 0)):
-        monkeypatch.setattr(model.network.generation_config, "eos_token_id", given)
-        assert end_token(model) == expected
 
 
 def test_arms_are_read_by_name():

@@ -7,7 +7,8 @@ disks), ``prefill``, ``memory``.
 
 Answers, in reading order: ``qa_examples`` (a question with its passages), ``qa_files`` and ``public_sets``
 (where they come from), ``variants`` (other passages around them); ``arms``, ``engines`` and ``unmoved`` (what
-is compared); ``answer_metrics``, ``teacher_forcing`` and ``perplexity`` (how it is judged); ``predictions``
-(what is kept), ``answer_run`` (the run), ``bootstrap``, ``answer_summary``, ``answer_plots`` and
-``answer_page`` (the report); ``answer_evaluation`` (all of it).
+is compared); ``prefilled`` (prompts of an arm, answered and led along an answer); ``answer_metrics``,
+``agreement`` and ``perplexity`` (how it is judged); ``predictions`` (what is kept), ``answer_run`` (the run),
+``bootstrap``, ``answer_summary``, ``answer_plots`` and ``answer_page`` (the report); ``answer_evaluation``
+(all of it).
 """

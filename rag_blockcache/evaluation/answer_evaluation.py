@@ -21,6 +21,7 @@ from rag_blockcache.evaluation.predictions import PredictionLog
 from rag_blockcache.evaluation.public_sets import load_benchmark
 from rag_blockcache.evaluation.qa_examples import QaExample
 from rag_blockcache.evaluation.variants import vary
+from rag_blockcache.model import Model
 
 Progress = Callable[[int, int, float], None]
 
@@ -98,7 +99,7 @@ def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> An
             timed=_evenly(list(fitting), options.timed),
             scores_gold=options.score_gold,
         )
-        _measure_all(run, fitting, _batch_limits(options, engines), progress or (lambda *_: None))
+        _measure_all(run, engines.plain.model, fitting, options.batch_size, progress or (lambda *_: None))
         found = None if text is None else text_perplexity(engines.plain.model, text)
         environment = _environment(options, engines)
     return summarize(
@@ -151,18 +152,24 @@ Fitting = dict[str, tuple[QaExample, int]]
 
 
 def _fitting(engines: Engines, examples: Sequence[QaExample], max_new_tokens: int) -> tuple[Fitting, int]:
-    """Return the questions that fit the context window by key, with their lengths, and how many do not."""
+    """Return the questions that fit the context window by key, with their lengths, and how many do not.
+
+    An answer that crosses into another set of rotary frequencies does not fit either: behind that place
+    everything is computed anew, so there is nothing to compare.
+    """
     fitting: Fitting = {}
-    window, num_skipped = engines.plain.model.max_length, 0
+    model, num_skipped = engines.plain.model, 0
     for example in examples:
         length = sum(map(len, engines.plain.segments(example.question, example.passages)))
-        if length + max_new_tokens <= window:
+        end = length + max_new_tokens
+        if end <= model.max_length and model.regime(length) == model.regime(end):
             fitting[example.key] = (example, length)
         else:
             num_skipped += 1
     if not fitting:
         raise InvalidInputError(
-            f"no question fits the context window of the model, {window} tokens; take fewer passages"
+            f"no question fits the context window of the model, {model.max_length} tokens; "
+            "take fewer passages"
         )
     return fitting, num_skipped
 
@@ -173,23 +180,19 @@ def _evenly(keys: Sequence[str], number: int) -> set[str]:
     return {keys[index * len(keys) // number] for index in range(number)} if number > 0 else set()
 
 
-def _batch_limits(options: EvaluationOptions, engines: Engines) -> tuple[int, int | None]:
-    """Return the most questions, and the most tokens, of a batch."""
-    if options.batch_size is not None:
-        return options.batch_size, None
-    return _BATCH.get(engines.plain.model.device.type, _BATCH["cpu"])
-
-
 def _measure_all(
-    run: AnswerRun, fitting: Fitting, limits: tuple[int, int | None], progress: Progress
+    run: AnswerRun, model: Model, fitting: Fitting, batch_size: int | None, progress: Progress
 ) -> None:
     pending = [(example, length) for example, length in fitting.values() if run.missing(example)]
     start, num_done = time.perf_counter(), len(fitting) - len(pending)
     progress(num_done, len(fitting), 0.0)
-    for batch in _batches(pending, *limits):
-        run.measure(batch)
-        num_done += len(batch)
-        progress(num_done, len(fitting), time.perf_counter() - start)
+    limits = _BATCH.get(model.device.type, _BATCH["cpu"]) if batch_size is None else (batch_size, None)
+    for regime in dict.fromkeys(model.regime(length) for _, length in pending):  # never beside one another
+        alike = [(example, length) for example, length in pending if model.regime(length) == regime]
+        for batch in _batches(alike, *limits):
+            run.measure(batch)
+            num_done += len(batch)
+            progress(num_done, len(fitting), time.perf_counter() - start)
 
 
 def _batches(

@@ -32,7 +32,7 @@ class Prediction:
         is_correct: Whether a gold answer stands in it; None, as the next two, without gold answers.
         is_exact: Whether it is a gold answer.
         f1: Over words.
-        num_passages: In the prompt; 0 for the arm without any.
+        num_passages: Of the question, shown or not.
         gold_position: Place of the first gold passage, from 1; None if none is marked.
         num_prompt_tokens: Length of the prompt.
         num_passage_tokens: Tokens of its passages.
