@@ -12,6 +12,11 @@ from small_models import smollm2_path
 from rag_blockcache.cli import app
 
 
+def reference_text() -> str:
+    """Return all of it that comes with Python."""
+    return "\n\n".join(sorted(set(topics.values())))
+
+
 def run_bench(name: str, *, takes_text: bool) -> None:
     """Run ``rag-blockcache bench NAME`` with the options that were typed, and defaults for what was not."""
     typed = sys.argv[1:]
@@ -21,6 +26,6 @@ def run_bench(name: str, *, takes_text: bool) -> None:
             options += ["--model", str(smollm2_path())]
         if takes_text and not any(option.startswith(("--text", "--shape")) for option in typed):
             text = Path(folder) / "reference.txt"
-            text.write_text("\n\n".join(sorted(set(topics.values()))), encoding="utf-8")
+            text.write_text(reference_text(), encoding="utf-8")
             options += ["--text", str(text)]
         app(["bench", name, *options, *typed])
