@@ -128,13 +128,15 @@ class BlockCache:
         self.tokenizer = self.model.tokenizer
         self.codec = codec
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
-        shown = [asdict(self.prompt.format), self.prompt.preamble, condition_on_preamble]
+        can_be_observed = self.model.can_be_observed
+        shown = [asdict(self.prompt.format), self.prompt.preamble, condition_on_preamble, codec]
         self.auto_policy = AutoPolicy(
             directory,
-            default=choose_policy(self.model.is_block_fine_tuned),
+            default=choose_policy(self.model.is_block_fine_tuned, can_be_observed=can_be_observed),
             model=str(self.model.network.name_or_path),
             fingerprint=self.model.fingerprint,
             prompt=hashlib.blake2b(json.dumps(shown).encode(), digest_size=16).hexdigest(),
+            can_use=lambda policy: policy.query == 0 or can_be_observed,
         )
         self._guard_options = (guard_rate, guard_threshold)
         self._guard = start_guard(self.model, self.auto_policy, rate=guard_rate, threshold=guard_threshold)
@@ -267,7 +269,9 @@ class BlockCache:
             request: A ``Question`` over passages; a ``Chat`` or ``Text``, in which known passages are found.
             max_new_tokens: Decoding stops here or at the end-of-sequence token.
             policy: ``"block"`` reuses blocks as they are, ``"full"`` computes everything with full attention,
-                ``"link-<k>"`` computes the first k tokens of each block again, ``"auto"`` chooses.
+                ``"link-<k>"`` computes the first k tokens of each block again, ``"query-<share>"`` those that
+                the question attends to most, ``"blend-<share>"`` those that deviate most; ``"+"`` joins them,
+                ``"auto"`` chooses.
             **options: Everything else that transformers' ``generate()`` takes: sampling, ``stop_strings``,
                 ``logits_processor``, ``stopping_criteria`` … An unknown option is an error.
 

@@ -65,7 +65,9 @@ class Planner:
             )
         chosen, reason = parse_policy(policy), ""
         if chosen is None:
-            chosen, reason = choose_policy(self._model.is_block_fine_tuned)
+            chosen, reason = choose_policy(
+                self._model.is_block_fine_tuned, can_be_observed=self._model.can_be_observed
+            )
         regime = self._model.regime(max(total, beside))
         if regime is None and not chosen.is_full:
             chosen, reason = FULL, "the rotary frequencies of this model change with the length of the prompt"

@@ -60,10 +60,12 @@ class Policy:
 
 FULL = Policy("full", None)
 BLOCK = Policy("block", 0)
-REPAIR = Policy("link-16", 16)  # of models that were not block-fine-tuned (docs/decisions/0007)
+# Of models that were not block-fine-tuned (docs/decisions/0015), and of those that cannot be looked into.
+REPAIR = Policy("link-16+query-0.08", 16, query=0.08)
+PLAIN_REPAIR = Policy("link-16", 16)
 
 # From the cheapest to full attention: each step computes more again and comes closer.
-LADDER = ("block", "link-4", "link-16", "link-64", "full")
+LADDER = ("block", "link-4", PLAIN_REPAIR.name, REPAIR.name, "link-64", "full")
 
 _PART = re.compile(r"(link)-(\d+)|(query|blend)-(0?\.\d+|1(?:\.0+)?)", re.ASCII)
 
@@ -107,12 +109,19 @@ def _unknown(name: Any) -> InvalidInputError:
     )
 
 
-def choose_policy(is_block_fine_tuned: bool) -> tuple[Policy, str]:
+def choose_policy(is_block_fine_tuned: bool, *, can_be_observed: bool = True) -> tuple[Policy, str]:
     """Choose for a user who said ``auto``.
+
+    Args:
+        is_block_fine_tuned: Whether the model says so of itself.
+        can_be_observed: Whether its attention can be looked at, see ``Model``.
 
     Returns:
         The policy, and the reason for it in a few words.
     """
     if is_block_fine_tuned:
         return BLOCK, "the model was block-fine-tuned"
-    return REPAIR, "the model was not block-fine-tuned, so the start of each block is computed again"
+    if can_be_observed:
+        reason = "the start of each block, and what the question attends to, is computed again"
+        return REPAIR, f"the model was not block-fine-tuned, so {reason}"
+    return PLAIN_REPAIR, "the model was not block-fine-tuned, so the start of each block is computed again"

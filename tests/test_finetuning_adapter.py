@@ -35,7 +35,7 @@ def logits(model, **options):
 
 
 def test_a_cache_with_the_adapter_chooses_blocks_and_one_without_repairs(run, folder):  # noqa: F811
-    for adapter, policy in ((run, "block"), (None, "link-16")):
+    for adapter, policy in ((run, "block"), (None, "link-16+query-0.08")):
         with BlockCache(
             folder / "model", None, adapter=adapter, device="cpu", passage_format="plain"
         ) as cache:

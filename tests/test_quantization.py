@@ -218,6 +218,13 @@ def test_states_that_are_all_alike_come_back(form, dtype, number):
     torch.testing.assert_close(back.values, -keys, rtol=TOLERANCE[dtype], atol=1e-5)
 
 
+def test_nothing_is_divided_by_a_step_of_zero():
+    zeros = torch.zeros(1, 2, 70, 5)
+    for form in PACKED:
+        assert (form.pack(KVStates(zeros, zeros)).key_scales == 1).all()
+    assert (Int4States.pack(KVStates(zeros + 3, zeros + 3)).value_scales == 1).all()
+
+
 def test_a_channel_far_from_zero_keeps_its_differences_in_int4():
     states = states_of(1, 1, 90, 8)
     states.keys[..., 3] = 200 + torch.rand(90)

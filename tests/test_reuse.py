@@ -5,14 +5,24 @@ from __future__ import annotations
 import pytest
 
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.reuse import BLOCK, FULL, REPAIR, Policy, choose_policy, parse_policy
+from rag_blockcache.reuse import (
+    BLOCK,
+    FULL,
+    LADDER,
+    PLAIN_REPAIR,
+    REPAIR,
+    Policy,
+    choose_policy,
+    parse_policy,
+)
 
 
 def test_policies_are_read_by_name():
     assert parse_policy("full") is FULL
     assert parse_policy("block") is BLOCK
     assert parse_policy("auto") is None
-    assert parse_policy("link-16") == REPAIR
+    assert parse_policy("link-16") == PLAIN_REPAIR
+    assert parse_policy("link-16+query-0.08") == REPAIR
     assert parse_policy("link-0").computed_again([range(5, 9)]) == []
     assert parse_policy("query-.15") == Policy("query-.15", 0, query=0.15)
     assert parse_policy("blend-1") == Policy("blend-1", 0, blend=1.0)
@@ -42,7 +52,14 @@ def test_auto_trusts_only_a_model_that_was_fine_tuned_on_blocks():
     policy, reason = choose_policy(False)
     assert policy is REPAIR
     assert "not block-fine-tuned" in reason
+    policy, reason = choose_policy(False, can_be_observed=False)
+    assert policy is PLAIN_REPAIR
+    assert "not block-fine-tuned" in reason
 
 
 def test_only_full_reuses_nothing():
     assert [policy.is_full for policy in (FULL, BLOCK, REPAIR)] == [True, False, False]
+
+
+def test_every_step_of_the_ladder_is_a_policy():
+    assert [parse_policy(name).name for name in LADDER] == list(LADDER)

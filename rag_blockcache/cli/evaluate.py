@@ -37,7 +37,7 @@ def evaluate(
             help="Reuse policies. Behind each may stand /conditioned (blocks see the preamble) or /unmoved "
             "(no position re-encoding). full and no-passages are measured in any case."
         ),
-    ] = "block,link-16",
+    ] = "block,link-16,link-16+query-0.08",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each benchmark.")] = None,
     num_passages: Annotated[
         Any,
