@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -185,6 +187,20 @@ def test_a_change_that_cannot_be_written_is_made_once_in_this_process(tmp_path):
     with pytest.raises(StoreError, match="gone"):
         auto.update(lambda record: record.with_seen(_one_more(record)))
     assert auto.record.seen("block").num_answers == 1
+
+
+def test_a_full_disk_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path, monkeypatch):
+    auto = open_auto(tmp_path)
+    auto.update(calibrated)
+    before = (tmp_path / FILE_NAME).read_text()
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoreError, match="No space left"):
+        auto.update(given_up("link-9"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(FILE_NAME, before)]
 
 
 def test_a_policy_of_another_release_leaves_the_default(tmp_path, caplog):
