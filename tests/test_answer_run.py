@@ -14,6 +14,7 @@ from rag_blockcache.evaluation.arms import FULL_ARM, NO_PASSAGES, Arm, parse_arm
 from rag_blockcache.evaluation.engines import Engines
 from rag_blockcache.evaluation.predictions import PredictionLog
 from rag_blockcache.evaluation.qa_examples import read_row
+from rag_blockcache.evaluation.variants import in_order
 
 ARMS = parse_arms("block,link-4,block/unmoved,block/conditioned")
 TOKENS = 12
@@ -214,12 +215,31 @@ def test_what_is_on_record_is_not_written_again_when_it_shares_a_batch(engines, 
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_repeated_passage_cannot_be_left_unmoved(engines, examples):
-    twice = dataclasses.replace(
-        examples[0], passages=examples[0].passages * 2, is_gold=examples[0].is_gold * 2, variant="twice"
-    )
-    with pytest.raises(InvalidInputError, match="stands twice"):
-        measure(engines, [twice])
+@pytest.mark.parametrize("order", ["twice", "reversed"])
+def test_an_unmoved_block_stays_at_its_positions_wherever_and_however_often_it_stands(
+    engines, examples, order
+):
+    changed = [in_order(example, order) for example in examples[:2]]
+    found = measure(engines, changed)
+    network = engines.plain.model.network
+    for example in changed:
+        answer = found("full", example).token_ids
+        segments = engines.plain.segments(example.question, example.passages)
+        full = log_probabilities(network, segments, answer, is_block=False)
+        arm = log_probabilities(network, segments, answer, is_block=True, unmoved=True)
+        expected = float((full.exp() * (full - arm)).sum())
+        assert found("block/unmoved", example).divergence == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert found("block/unmoved", example).num_recomputed_tokens == 0
+        assert found("block", example).divergence != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_block_that_saw_the_preamble_stays_behind_it_where_it_is_not_moved(engines, examples):
+    one = [
+        dataclasses.replace(each, passages=each.passages[:1], is_gold=each.is_gold[:1]) for each in examples
+    ]
+    found = measure(engines, one, parse_arms("block/unmoved/conditioned"))
+    for example in one:  # which is where it stands
+        assert found("block/unmoved/conditioned", example).divergence == pytest.approx(0.0, abs=1e-6)
 
 
 def test_arms_are_read_by_name():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from rag_blockcache.block_cache import BlockCache
-from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.kv_states import BlockStates, KVStates
 from rag_blockcache.model import Model
 from rag_blockcache.plan import Plan
@@ -15,28 +16,38 @@ from rag_blockcache.rotary import unrotate_keys
 class UnmovedBlockCache(BlockCache):
     """A ``BlockCache`` that does without position re-encoding, to measure what it is worth.
 
-    The assembler turns keys forward by their positions in the prompt. Here they are first turned back by the
-    position of their block, so that they end up where the block was encoded: at the start.
+    The assembler turns keys forward by their positions in the prompt. Here they are first turned back by as
+    much, so that they end up where the block was encoded, wherever it stands and however often.
     """
 
     def _load(self, plan: Plan) -> dict[str, BlockStates]:
+        """Return states of a block for each place where it stands; the plan's blocks are named by place."""
         states = super()._load(plan)
-        offsets: dict[str, int] = {}
+        if plan.policy.is_full:
+            return states
+        turned: dict[str, BlockStates] = {}
+        found = set()
         for index, span in plan.spans():
-            block = plan.blocks.get(index)
-            if block is not None and offsets.setdefault(block.block_id, span.start) != span.start:
-                raise InvalidInputError(
-                    "a passage stands twice in a prompt, and a block that is not moved is at one place only; "
-                    "leave it out"
-                )
-        return {
-            name: turned_back(self.model, each.unpack(), offsets.get(name, 0), plan.num_tokens)
-            for name, each in states.items()
-        }
+            if (block := plan.blocks.get(index)) is None:
+                continue
+            name = f"{block.block_id} at {span.start}"
+            exact = states[block.block_id].unpack()
+            turned[name] = turned_back(
+                self.model, exact, span.start - self._encoded_at(plan, index), plan.num_tokens
+            )
+            found |= {name} if block.block_id in plan.found else set()
+            plan.blocks[index] = replace(block, block_id=name)
+        plan.found = frozenset(found)
+        return turned
+
+    def _encoded_at(self, plan: Plan, index: int) -> int:
+        """Return the position of a block's first token when it was encoded."""
+        is_behind = self._blocks.condition_on_preamble and index > 0
+        return len(plan.segments[0].token_ids) if is_behind else 0
 
 
 def turned_back(model: Model, states: KVStates, offset: int, total_length: int) -> KVStates:
-    """Turn position-free keys back by ``offset``, so that moving them there leaves them at the start."""
+    """Turn position-free keys back by ``offset``, so that moving them forward ends that much earlier."""
     keys = states.keys.clone()
     for index, layer in enumerate(model.layers):
         if layer.rotary is not None and offset:
