@@ -244,7 +244,7 @@ def test_this_suite_notices_a_wrong_placement(change, monkeypatch, tiny_model, t
 
 
 def test_this_suite_notices_keys_that_were_not_re_encoded(monkeypatch, tiny_model, tiny_cache):
-    from rag_blockcache import assembler
+    from rag_blockcache import kv_states
 
     reference = block_masked_prefill(
         tiny_model, tiny_cache.segments(QUESTION, PASSAGES), windows_of(tiny_model)
@@ -253,7 +253,7 @@ def test_this_suite_notices_keys_that_were_not_re_encoded(monkeypatch, tiny_mode
     def unmoved(keys, angles, *, interleaved=False, out):
         return out.copy_(keys)
 
-    monkeypatch.setattr(assembler, "rotate_keys", unmoved)
+    monkeypatch.setattr(kv_states, "rotate_keys", unmoved)
     assert distance(tiny_cache.first_logits(QUESTION, PASSAGES, policy="block"), reference) > 10 * FLOAT32
 
 

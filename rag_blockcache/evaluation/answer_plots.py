@@ -105,7 +105,7 @@ def _finished(figure: Any, axes: Any, x: str, y: str) -> str:
     axes.set_xlabel(_LABELS[x])
     axes.set_ylabel(f"{_LABELS[y]}, 95 % interval")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")  # "best" takes long where there is much to look at
     drawn = io.StringIO()
     with pyplot.rc_context({"svg.hashsalt": "rag_blockcache", "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
