@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,16 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(autouse=True)
+def _restore_log() -> Iterator[None]:
+    """The command line turns the library's log down and gives it a handler: not for the tests after it."""
+    logger = logging.getLogger("rag_blockcache")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

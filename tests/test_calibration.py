@@ -21,7 +21,6 @@ from rag_blockcache.evaluation.question_writing import question_in, write_questi
 from rag_blockcache.policy_record import FILE_NAME, read_records
 from rag_blockcache.retriever import Retriever
 
-_quiet_log = test_cli_commands._quiet_log
 corpus, made, models = test_cli_commands.corpus, test_cli_commands.made, test_cli_commands.models
 embedder_path = test_cli_commands.embedder_path
 

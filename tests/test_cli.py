@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,15 +21,6 @@ from rag_blockcache.cli.progress import ProgressBar, describe
 from rag_blockcache.cli.units import format_bytes, format_count, format_seconds, format_share
 from rag_blockcache.errors import ModelNotFoundError
 from rag_blockcache.jobs.progress import JobProgress
-
-
-@pytest.fixture(autouse=True)
-def _quiet_log():
-    logger = logging.getLogger("rag_blockcache")
-    level, handlers = logger.level, logger.handlers[:]
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
 
 
 def run(*arguments, **options):

@@ -1,7 +1,6 @@
 """The commands from end to end: a tiny model and embedder, real files, a real index."""
 
 import json
-import logging
 import signal
 import sqlite3
 import subprocess
@@ -25,15 +24,6 @@ CORPUS = {
     "engine.md": "# Engine\n\nThe engine was never built in her time.",
     "ready.jsonl": '{"text": "Babbage designed the engine.", "title": "Babbage"}\n',
 }
-
-
-@pytest.fixture(autouse=True)
-def _quiet_log():
-    logger = logging.getLogger("rag_blockcache")
-    level, handlers = logger.level, logger.handlers[:]
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
