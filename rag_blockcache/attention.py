@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rag_blockcache"
+_CHUNK = 256  # queries; see ``_masked_attention``
 _PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"}
 
 # Called with the index of a layer, its queries, its keys, and the factor of their products.
@@ -72,7 +73,40 @@ def grouped_attention(
     )
     if attention_mask is None or not is_grouped or not is_plain or options.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=options.get("scaling"), enable_gqa=True
-    )
-    return output.transpose(1, 2).contiguous(), None
+    return _masked_attention(query, key, value, attention_mask, options.get("scaling")), None
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    """Attend some queries at a time, each time over those slots alone that one of them sees.
+
+    A kernel cannot tell from a mask that whole runs of slots are hidden, as the future is, and what lies
+    beyond a window. Of queries that are spread over the context, as repaired tokens are, it is half the work.
+
+    Returns:
+        ``(batch, num_queries, num_heads, head_dim)``.
+    """
+    num_queries = query.shape[2]
+    is_cut = query.device.type == "cpu" and mask.dtype == torch.bool and num_queries >= 2 * _CHUNK
+    chunk = _CHUNK if is_cut else num_queries
+    parts = []
+    for first in range(0, num_queries, chunk):
+        queries = slice(first, first + chunk)
+        slots = _seen(mask[:, :, queries]) if is_cut else slice(0, key.shape[2])
+        part = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, queries],
+            key[:, :, slots],
+            value[:, :, slots],
+            attn_mask=mask[:, :, queries, slots],
+            scale=scaling,
+            enable_gqa=True,
+        )
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _seen(mask: Tensor) -> slice:
+    """Return the run of slots outside of which a boolean mask hides everything."""
+    seen = mask.flatten(0, 2).any(dim=0).nonzero()
+    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)

@@ -59,3 +59,39 @@ def test_a_model_uses_it_inside_our_passes_only(tiny_cache, monkeypatch):
     tiny_cache.model.network(token_ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool).tril())
     assert used
     assert not any(used)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("hidden", [0, 30])
+def test_many_queries_attend_to_what_each_sees(window, hidden, monkeypatch):
+    monkeypatch.setattr(attention, "_CHUNK", 16)
+    num_slots, num_kv_heads = 200, 2
+    slots = torch.stack([torch.randperm(num_slots)[:70].sort().values for _ in range(2)])
+    behind = slots[:, :, None] - torch.arange(num_slots)
+    mask = (behind >= 0) & (torch.arange(num_slots) >= hidden) if window is None else abs(behind) < window
+    mask = (mask | (behind == 0))[:, None]
+    query, key, value = states(6, 70), states(num_kv_heads, num_slots), states(num_kv_heads, num_slots)
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda query, key, *rest, **options: (
+                seen.append(key.shape[2]) or original(query, key, *rest, **options)
+            ),
+        )
+        ours, _ = attention.grouped_attention(Layer(3), query, key, value, mask)
+    theirs, _ = sdpa_attention_forward(Layer(3), query, key, value, mask)
+    torch.testing.assert_close(ours, theirs)
+    assert len(seen) == 5
+    assert sum(seen) < 5 * num_slots, "what no query of a part sees is not computed"
+
+
+def test_a_mask_that_is_added_is_never_cut(monkeypatch):
+    monkeypatch.setattr(attention, "_CHUNK", 2)
+    query, key, value = states(4, 8), states(2, 9), states(2, 9)
+    mask = torch.zeros(1, 1, 8, 9).masked_fill_(torch.ones(8, 9, dtype=torch.bool).triu(2), float("-inf"))
+    ours, _ = attention.grouped_attention(Layer(2), query, key, value, mask)
+    theirs, _ = sdpa_attention_forward(Layer(2), query, key, value, mask)
+    torch.testing.assert_close(ours, theirs)
