@@ -67,13 +67,34 @@ def grouped_attention(
     if observer is not None:
         layer = cast(int, module.layer_idx)
         observer(layer, query, key, options.get("scaling") or query.shape[-1] ** -0.5)
-    is_grouped = query.shape[1] > key.shape[1] and query.shape[2] > 1
     is_plain = all(
         name in _PLAIN or not value for name, value in options.items() if not isinstance(value, Tensor)
     )
-    if attention_mask is None or not is_grouped or not is_plain or options.get("dropout"):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _masked_attention(query, key, value, attention_mask, options.get("scaling")), None
+    if query.shape[1] > key.shape[1] and is_plain and not options.get("dropout"):
+        if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+            return _attention_of_one(query, key, value, attention_mask, options.get("scaling")), None
+        if attention_mask is not None:
+            return _masked_attention(query, key, value, attention_mask, options.get("scaling")), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _attention_of_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attend from one token a row: the heads of a group stand as queries of one head, which reads once.
+
+    A kernel that takes query heads one by one reads keys and values as often as there are heads in a group,
+    or copies them, and for one token reading is nearly all there is to do.
+
+    Returns:
+        ``(batch, 1, num_heads, head_dim)``.
+    """
+    batch, num_heads, _, head_dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, head_dim)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=mask, scale=scaling
+    )
+    return output.reshape(batch, 1, num_heads, head_dim)
 
 
 def _masked_attention(

@@ -88,6 +88,22 @@ def test_many_queries_attend_to_what_each_sees(window, hidden, monkeypatch):
     assert sum(seen) < 5 * num_slots, "what no query of a part sees is not computed"
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_one_token_reads_the_keys_of_a_group_once(is_masked, monkeypatch):
+    shapes = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, key, *rest, **options: (
+            shapes.append((query.shape[1], key.shape[1])) or original(query, key, *rest, **options)
+        ),
+    )
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool) if is_masked else None
+    attention.grouped_attention(Layer(3), states(6, 1), states(2, 9), states(2, 9), mask)
+    assert shapes == [(2, 2)]
+
+
 def test_a_mask_that_is_added_is_never_cut(monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK", 2)
     query, key, value = states(4, 8), states(2, 9), states(2, 9)
