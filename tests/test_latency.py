@@ -15,7 +15,7 @@ from rag_blockcache.evaluation.requests import Floor, full_first_token, make_pla
 from rag_blockcache.evaluation.stopwatch import Spread, in_turn, ratios
 from rag_blockcache.evaluation.token_prompts import cut_prompt, mixed_passages, token_run
 from rag_blockcache.model import Model
-from rag_blockcache.reuse import BLOCK, REPAIR
+from rag_blockcache.reuse import BLOCK, REPAIR, parse_policy
 
 TEXT = "The mill has a thousand columns of figure wheels, and a store. " * 20
 
@@ -123,6 +123,14 @@ def test_where_files_stay_cached_a_cold_disk_is_not_claimed(model, monkeypatch, 
     assert "page cache" in report.notes[0]
 
 
+def test_what_chooses_tokens_is_part_of_the_time_and_of_the_work(model, prompt, places):
+    found = reused_first_token(places.memory, prompt, parse_policy("query-0.5"))
+    look, computed = found.passes
+    assert list(look) == list(range(prompt.num_tokens))[-len(prompt.final_block) :]
+    assert len(computed) == len(look) + round(0.5 * (prompt.num_tokens - len(look)))
+    assert len(reused_first_token(places.memory, prompt, BLOCK).passes) == 1
+
+
 # The report
 
 
@@ -137,7 +145,15 @@ def test_a_report_holds_every_way_paired_and_in_json(model, tmp_path):
         assert length.num_final_tokens == 20
         assert length.kv_bytes == length.num_tokens * model.kv_bytes_per_token
         assert length.full_flops > length.reuse[0].flops
-        assert {each.policy for each in length.reuse} == {"block", "link-16"}
+        assert {each.policy for each in length.reuse} == {"block", "link-16+query-0.08"}
+        block, repair = (
+            next(each for each in length.reuse if each.place == "memory" and each.policy.startswith(name))
+            for name in ("block", "link")
+        )
+        num_passage_tokens = length.num_tokens - 20
+        in_front = min(16, 40) * length.num_passages
+        assert repair.num_computed == 20 + in_front + round(0.08 * num_passage_tokens)
+        assert repair.flops > block.flops
         assert length.text_seconds is None
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert {"date", "hardware", "versions", "model", "dtype", "threads", "device"} <= set(found)

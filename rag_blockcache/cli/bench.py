@@ -54,7 +54,9 @@ def latency(
     ] = "512,1024,2048,4096,8000",
     final_tokens: Annotated[int, typer.Option(min=1, help="Tokens after the passages.")] = 50,
     passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a passage, about.")] = 100,
-    policies: Annotated[str, typer.Option(help="Reuse policies, the compared one first.")] = "block,link-16",
+    policies: Annotated[str, typer.Option(help="Reuse policies, the compared one first.")] = (
+        "block,link-16+query-0.08"
+    ),
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at each length, after one to warm up.")] = 5,
     text: TextFile = None,
     directory: Directory = None,

@@ -15,12 +15,12 @@ from rag_blockcache.evaluation.environment import Environment
 from rag_blockcache.evaluation.flops import forward_flops
 from rag_blockcache.evaluation.latency_report import LatencyReport, LengthLatency, ReuseLatency
 from rag_blockcache.evaluation.places import Places, scratch_folder
-from rag_blockcache.evaluation.requests import FirstToken, Floor, full_first_token, make_plan
+from rag_blockcache.evaluation.requests import FirstToken, Floor, full_first_token
 from rag_blockcache.evaluation.stopwatch import Spread, in_turn, ratios
 from rag_blockcache.evaluation.text_request import TextRequest
 from rag_blockcache.evaluation.token_prompts import TokenPrompt, cut_prompt, token_run
 from rag_blockcache.model import Model
-from rag_blockcache.reuse import BLOCK, Policy, parse_policy
+from rag_blockcache.reuse import BLOCK, REPAIR, Policy, parse_policy
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def measure_latency(
     final_tokens: int = 50,
     passage_tokens: int = 100,
     repeats: int = 5,
-    policies: Sequence[str] = ("block", "link-16"),
+    policies: Sequence[str] = (BLOCK.name, REPAIR.name),
     text: str | None = None,
     name: str | None = None,
     directory: Path | str | None = None,
@@ -136,7 +136,7 @@ class _Bench:
             full=Spread.of(_seconds(times["full"])),
             full_flops=forward_flops(self._model, range(prompt.num_tokens)).total,
             floor=Spread.of(_seconds(times["floor"])),
-            reuse=tuple(self._reuse(places, prompt, name, times) for name in times if "/" in name),
+            reuse=tuple(self._reuse(name, times) for name in times if "/" in name),
             text_seconds=Spread.of(_seconds(times["text"])) if text else None,
             text_tokens=text.num_tokens if text else None,
             logit_distance=distance,
@@ -166,11 +166,9 @@ class _Bench:
             self.notes.append(f"no prompt of text fits {prompt.num_tokens} tokens beside its template")
         return request
 
-    def _reuse(self, places: Places, prompt: TokenPrompt, name: str, times: Times) -> ReuseLatency:
+    def _reuse(self, name: str, times: Times) -> ReuseLatency:
         policy_name, _, place = name.partition("/")
-        [policy] = [each for each in self._policies if each.name == policy_name]
-        positions = make_plan(places.memory, prompt, policy).computed().positions.tolist()
-        seconds = _seconds(times[name])
+        passes, seconds = times[name][0].passes, _seconds(times[name])
         return ReuseLatency(
             policy=policy_name,
             place=place,
@@ -178,8 +176,8 @@ class _Bench:
             parts={part: Spread.of(getattr(each, part) for each in times[name]).median for part in _PARTS},
             times_sooner=ratios(_seconds(times["full"]), seconds),
             times_floor=ratios(seconds, _seconds(times["floor"])),
-            num_computed=len(positions),
-            flops=forward_flops(self._model, positions).total,
+            num_computed=len(passes[-1]),
+            flops=sum(forward_flops(self._model, positions).total for positions in passes),
         )
 
 

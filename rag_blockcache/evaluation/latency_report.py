@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,8 @@ class ReuseLatency:
         parts: Median seconds of naming, loading, assembling, and of the pass.
         times_sooner: Than full prefill, in pairs.
         times_floor: Multiple of the floor, in pairs.
-        num_computed: Tokens that the pass computes.
-        flops: Of the pass, attention included.
+        num_computed: Tokens that the last pass computes.
+        flops: Of all passes through all layers, attention included.
     """
 
     policy: str
@@ -113,6 +114,7 @@ class LatencyReport:
             "floor_seconds": "floor",
             "times_sooner": "memory: times sooner",
             "times_floor": "memory: times the floor",
+            **{f"{_key(policy)}_times_sooner": f"{policy}: times sooner" for policy in self.policies[1:]},
             "full_gflops": "GFLOPs, full",
             "reuse_gflops": "GFLOPs, reuse",
         }
@@ -131,23 +133,20 @@ class LatencyReport:
 
     def _row(self, length: LengthLatency) -> dict[str, Any]:
         first = {each.place: each for each in length.reuse if each.policy == self.policies[0]}
-        repaired = {
-            f"{_key(each.policy)}_seconds": each.seconds.median
-            for each in length.reuse
-            if each.policy != self.policies[0] and each.place == "memory"
-        }
+        others = [each for each in length.reuse if each.policy != self.policies[0] and each.place == "memory"]
         return {
             "num_tokens": length.num_tokens,
             "full_seconds": length.full.median,
             **{f"{place}_seconds": each.seconds.median for place, each in first.items()},
-            **repaired,
+            **{f"{_key(each.policy)}_seconds": each.seconds.median for each in others},
             "floor_seconds": length.floor.median,
             "times_sooner": first["memory"].times_sooner.median,
             "times_floor": first["memory"].times_floor.median,
+            **{f"{_key(each.policy)}_times_sooner": each.times_sooner.median for each in others},
             "full_gflops": length.full_flops / 1e9,
             "reuse_gflops": first["memory"].flops / 1e9,
         }
 
 
 def _key(policy: str) -> str:
-    return policy.replace("-", "_")
+    return re.sub(r"\W", "_", policy)

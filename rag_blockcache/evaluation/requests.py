@@ -6,7 +6,7 @@ here: naming the blocks, looking them up, assembling the context, the pass over 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from rag_blockcache.generator import prefill
 from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.model import Model
 from rag_blockcache.plan import Plan
+from rag_blockcache.repair import choose_tokens
 from rag_blockcache.reuse import Policy
 from rag_blockcache.store import TieredStore
 
@@ -37,7 +38,8 @@ class FirstToken:
         name_seconds: Naming the blocks, and what is to be computed.
         load_seconds: Getting their states from the store.
         assemble_seconds: Allocating the context, turning keys, placing.
-        compute_seconds: The pass over the computed slots.
+        compute_seconds: The pass over the computed slots, and the look that chose some of them.
+        passes: Positions that each pass through all layers computed, the last of them in the last place.
     """
 
     logits: Tensor | None
@@ -46,6 +48,7 @@ class FirstToken:
     load_seconds: float = 0.0
     assemble_seconds: float = 0.0
     compute_seconds: float = 0.0
+    passes: tuple[Sequence[int], ...] = ()
 
 
 def block_source(model: Model, store: TieredStore) -> BlockSource:
@@ -105,9 +108,12 @@ def reused_first_token(source: BlockSource, prompt: TokenPrompt, policy: Policy)
     assert len(states) == len({block.block_id for block in plan.blocks.values()}), "all blocks must be stored"
     context = assemble(model, plan, states)
     assembled = clock()
-    logits = prefill(model, context, [plan.computed()])[0, -1]
+    choose_tokens(model, context, [plan])
+    computed = plan.computed()
+    logits = prefill(model, context, [computed])[0, -1]
     int(logits.argmax())
     done = clock()
+    looks = [plan.unfilled()] if policy.query > 0 else []
     return FirstToken(
         logits,
         seconds=done - start,
@@ -115,6 +121,7 @@ def reused_first_token(source: BlockSource, prompt: TokenPrompt, policy: Policy)
         load_seconds=loaded - named,
         assemble_seconds=assembled - loaded,
         compute_seconds=done - assembled,
+        passes=tuple(each.positions.tolist() for each in (*looks, computed)),
     )
 
 

@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_batch.py
 
 What: 16 questions over passages whose blocks are in memory, with a final block of about 50 tokens and 32 new
-tokens each, are answered by 16 calls of ``answer`` and by one of ``answer_batch``, in turn. Timed is all of it,
-from the call to the last token. Passages have about 100 tokens; every request shares some of them with the
-one before it. Greedy; nothing stops at the end of an answer. SmolLM2-135M-Instruct in bfloat16.
+tokens each, are answered by 16 calls of ``answer`` and by one of ``answer_batch``, in turn. Timed is the
+whole, from the call to the last token. Passages have about 100 tokens; every request shares some of them with
+the one before it. Greedy; nothing stops at the end of an answer. SmolLM2-135M-Instruct in bfloat16.
 
 How it can mislead: nobody waits for a batch to fill here. In half precision a sum over another number of
 rows rounds in another way, so that of two tokens that are equally likely the other may be chosen; the column
