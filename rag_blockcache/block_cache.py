@@ -45,7 +45,7 @@ from rag_blockcache.policy_record import without_guard
 from rag_blockcache.prefiller import prefill_passages
 from rag_blockcache.prompt import Prompt
 from rag_blockcache.quantization import codec_named
-from rag_blockcache.repair import choose_tokens
+from rag_blockcache.repair import choose_tokens, expected_work
 from rag_blockcache.request import Message, Question, Request
 from rag_blockcache.response import constrained, read_response, response_pieces
 from rag_blockcache.reuse import FULL, choose_policy
@@ -479,10 +479,15 @@ class BlockCache:
         states = self._blocks.load(plan)
         # A block that is missing is worth its encoding: it may stand in the next, longer prompt.
         has_all = len(plan.found) == len({block.block_id for block in plan.blocks.values()})
-        if plan.is_auto and has_all and not self._break_even.pays(plan.num_placed):
+        if plan.is_auto and has_all and not self._pays(plan):
             plan.policy, plan.policy_reason = FULL, "so few tokens are computed sooner than reused"
             return {}
         return states | self._blocks.encode_missing(plan)
+
+    def _pays(self, plan: Plan) -> bool:
+        """Return whether what a plan reuses is sooner than computing everything."""
+        num_chosen, num_looked = expected_work(self.model, plan)
+        return self._break_even.pays(plan.num_placed - num_chosen, num_looked)
 
     def _prefill(
         self, plans: Sequence[Plan], *, room: int = 0, num_logits: int = 1

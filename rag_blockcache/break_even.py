@@ -1,9 +1,10 @@
-"""From how many reused tokens on reuse is sooner than computing them, measured on this machine."""
+"""Whether reusing tokens is sooner than computing them, measured on this machine."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,32 +19,50 @@ _LONG = {"cpu": 32, "cuda": 512}  # a GPU needs more tokens before it takes long
 _LOOKUP_SECONDS = 0.0005  # a look-up and a memory map, each block of a request included
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """Seconds of a forward pass and of placing a block, each fixed and for one token more."""
+
+    forward: float
+    forward_token: float
+    placing: float
+    placing_token: float
+
+
 class BreakEven:
     """Compares what reuse costs with what it saves.
 
     Args:
         model: Both are measured on it now, which takes a fraction of a second; at the first question, the
             measurement would be part of its time to first token.
-
-    Attributes:
-        num_tokens: Fewest reused tokens for which reuse is sooner; infinite if it never is.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.num_tokens = self._measure()
+        self._costs = self._measure()
 
-    def pays(self, num_reused: int) -> bool:
-        """Return whether reusing so many tokens is sooner than computing them."""
-        return num_reused > 0 and num_reused >= self.num_tokens
+    def pays(self, num_reused: int, num_looked: int = 0) -> bool:
+        """Return whether reusing tokens is sooner than computing them.
 
-    def _measure(self) -> float:
+        Args:
+            num_reused: Tokens that are placed and not computed again.
+            num_looked: Tokens of a pass that only chooses what to compute again; 0 if there is none.
+        """
+        costs = self._costs
+        if costs is None or not num_reused:
+            return False
+        spent = _LOOKUP_SECONDS + costs.placing + num_reused * costs.placing_token
+        if num_looked:
+            spent += costs.forward + num_looked * costs.forward_token
+        return spent <= num_reused * costs.forward_token
+
+    def _measure(self) -> _Costs | None:
         long = min(_LONG.get(self._model.device.type, 512), self._model.max_length)
         if long <= _SHORT:  # a window too short to measure anything in
-            return float("inf")
-        saved = (self._prefill_seconds(long) - self._prefill_seconds(_SHORT)) / (long - _SHORT)
-        fixed, each = self._placing_seconds(long)
-        return float("inf") if saved <= each else (fixed + _LOOKUP_SECONDS) / (saved - each)
+            return None
+        short = self._prefill_seconds(_SHORT)
+        each = max(self._prefill_seconds(long) - short, 0.0) / (long - _SHORT)
+        return _Costs(max(short - _SHORT * each, 0.0), each, *self._placing_seconds(long))
 
     def _prefill_seconds(self, num_tokens: int) -> float:
         computed = Computed(

@@ -39,6 +39,23 @@ def choose_tokens(model: Model, context: Context, plans: Sequence[Plan]) -> None
             _choose(plan, attention, plan.policy.query)
 
 
+def expected_work(model: Model, plan: Plan) -> tuple[int, int]:
+    """Return how many tokens a plan will choose, and how many its looks compute; before it is looked at.
+
+    Returns:
+        Tokens to be computed again because they will be chosen, and tokens of the passes that choose them; a
+        pass through some of the layers counts as that part of its tokens.
+    """
+    num_candidates = int(plan.candidates().sum())
+    if not plan.policy.looks or not num_candidates:
+        return 0, 0
+    wanted = sum(round(share * plan.num_passage_tokens) for share in (plan.policy.query, plan.policy.blend))
+    num_looked = len(plan.unfilled().positions) if plan.policy.query > 0 else 0
+    if plan.policy.blend > 0:
+        num_looked += plan.num_tokens * (_layer_of_deviation(model) + 1) // model.num_layers
+    return min(wanted, num_candidates), num_looked
+
+
 def _choose(plan: Plan, score: Tensor, share: float) -> None:
     """Add those candidates of a plan that score highest, as many as its share of all passages' tokens."""
     candidates = plan.candidates()
@@ -112,7 +129,7 @@ def _deviation(model: Model, context: Context, row: int, plan: Plan) -> Tensor:
     Source:
         High-KV-deviation tokens of CacheBlend, https://arxiv.org/abs/2405.16444
     """
-    index = min(_LAYER_OF_DEVIATION, model.num_layers - 1)
+    index = _layer_of_deviation(model)
     keys, values = _states_of_layer(model, index, plan.token_ids)
     start = context.starts[row]
     slots = slice(start, start + plan.num_tokens)
@@ -121,6 +138,10 @@ def _deviation(model: Model, context: Context, row: int, plan: Plan) -> Tensor:
     for exact, used in zip((keys, values), placed, strict=True):
         found += (exact[0].float() - used[row, :, slots].float()).square().sum(dim=(0, 2))
     return found.cpu()
+
+
+def _layer_of_deviation(model: Model) -> int:
+    return min(_LAYER_OF_DEVIATION, model.num_layers - 1)
 
 
 def _states_of_layer(model: Model, index: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

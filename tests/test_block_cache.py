@@ -13,8 +13,10 @@ import torch
 from conftest import byte_tokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from rag_blockcache import BlockCache, Passage
+from rag_blockcache import BlockCache, Passage, Question
+from rag_blockcache.break_even import _Costs
 from rag_blockcache.errors import ContextTooLongError, InvalidInputError, OutOfSpaceError
+from rag_blockcache.repair import expected_work
 
 PASSAGES = [
     "Ada wrote the note.",
@@ -68,7 +70,7 @@ def cheap(monkeypatch):
     """Makes reuse pay from the first token on, so that ``auto`` does not depend on this machine."""
     from rag_blockcache.break_even import BreakEven
 
-    monkeypatch.setattr(BreakEven, "_measure", lambda self: 0.0)
+    monkeypatch.setattr(BreakEven, "pays", lambda *numbers: True)
 
 
 # Counts
@@ -642,7 +644,7 @@ def test_a_model_that_accelerate_has_dispatched_is_served(tiny_tokenizer):
 
 
 def test_below_the_break_even_auto_prefills_in_full_and_says_so(tiny_cache):
-    tiny_cache._break_even.num_tokens = 10_000.0
+    tiny_cache._break_even.pays = lambda *numbers: False
     tiny_cache.prefill(PASSAGES)
     tiny_cache.generate("Who?", PASSAGES, policy="block", max_new_tokens=1)  # stores the preamble
     answer = tiny_cache.generate("Who?", PASSAGES, max_new_tokens=1)
@@ -653,13 +655,44 @@ def test_below_the_break_even_auto_prefills_in_full_and_says_so(tiny_cache):
 
 
 def test_a_missing_block_is_encoded_even_below_the_break_even(tiny_cache):
-    tiny_cache._break_even.num_tokens = 10_000.0
+    tiny_cache._break_even.pays = lambda *numbers: False
     answer = tiny_cache.generate("Who?", PASSAGES, max_new_tokens=1)
     assert (answer.num_hits, answer.num_misses) == (0, len(PASSAGES))
     assert all(tiny_cache.block(passage).block_id in tiny_cache.store for passage in PASSAGES)
 
 
-def test_the_break_even_is_measured_at_load_and_is_a_number_of_tokens(tiny_cache):
+def test_the_break_even_is_measured_at_load(tiny_cache):
     break_even = tiny_cache._break_even
-    assert break_even.num_tokens > 0
     assert not break_even.pays(0)
+    assert break_even._costs.forward_token >= 0
+    assert break_even._costs.placing > 0
+
+
+def test_a_look_must_pay_off_too(tiny_cache):
+    break_even = tiny_cache._break_even
+    break_even._costs = _Costs(forward=0.04, forward_token=0.001, placing=0.001, placing_token=0.0)
+    assert break_even.pays(2)
+    assert not break_even.pays(1)
+    assert not break_even.pays(50, 10)
+    assert break_even.pays(60, 10)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("block", lambda total, asked: (0, 0)),
+        ("link-4", lambda total, asked: (0, 0)),
+        ("link-4+query-0.25", lambda total, asked: (round(0.25 * total), asked)),
+        ("blend-0.5", lambda total, asked: (round(0.5 * total), "layers")),
+        ("query-1.0", lambda total, asked: (total, asked)),
+    ],
+)
+def test_what_a_look_takes_is_known_before(tiny_cache, policy, expected):
+    plan = tiny_cache._planner.plan(Question("Who?", PASSAGES), policy=policy, max_new_tokens=1, start=0.0)
+    asked = len(plan.unfilled().positions)
+    num_chosen, num_looked = expected_work(tiny_cache.model, plan)
+    wanted, looked = expected(plan.num_passage_tokens, asked)
+    assert num_chosen == wanted
+    assert num_looked == (plan.num_tokens * 2 // 3 if looked == "layers" else looked)
+    tiny_cache._prefill([plan])
+    assert len(plan.chosen) == num_chosen

@@ -206,7 +206,7 @@ SHORT = ("--max-new-tokens", 6, "--policies", "block,link-4,link-16")
 def test_what_is_chosen_is_recorded_shown_and_used(made, data, untimed, monkeypatch):
     from rag_blockcache.break_even import BreakEven
 
-    monkeypatch.setattr(BreakEven, "_measure", lambda self: 0.0)
+    monkeypatch.setattr(BreakEven, "pays", lambda *numbers: True)
     before = run_json("ask", made, "Who?", "--max-new-tokens", 2)
     everything = run_json("calibrate", made, "--data", data, *SHORT, "--max-loss", 0)
     assert everything["policy"] == "full"

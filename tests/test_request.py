@@ -302,10 +302,10 @@ def test_a_block_on_probation_that_is_not_worth_using_stays_there(
         before = len(cache.store.disk)
         request = Text(f"Facts:\n{MILL}\nWho?", hints=[MILL])
         cache.answer(request, max_new_tokens=1)
-        monkeypatch.setattr(cache._break_even, "pays", lambda num_placed: False)
+        monkeypatch.setattr(cache._break_even, "pays", lambda *numbers: False)
         assert cache.answer(request, max_new_tokens=1).policy == "full"
         assert len(cache.store.disk) == before
-        monkeypatch.setattr(cache._break_even, "pays", lambda num_placed: True)
+        monkeypatch.setattr(cache._break_even, "pays", lambda *numbers: True)
         cache.answer(request, max_new_tokens=1)
         assert len(cache.store.disk) == before + 2
 
