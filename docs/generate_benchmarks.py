@@ -11,13 +11,14 @@ object with ``command`` (what measured it), ``hardware`` and ``versions`` (objec
 to heading, which also picks and orders). A key that ends in ``_seconds`` or ``_bytes`` is shown in a
 fitting unit. A result with ``plot`` (``x``: key of the horizontal axis, ``y``: keys to labels,
 ``y_label``) is drawn as ``NAME.svg`` beside it, both axes logarithmic; a page asks for it by that
-name.
+name. What ``rag-blockcache eval`` measured is drawn as its report draws it: ``NAME.PLOT.svg``.
 
 ``--check`` writes nothing and fails when a page is not what the result files give.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -26,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from rag_blockcache.cli.units import format_value
+from rag_blockcache.evaluation.answer_plots import plots
+from rag_blockcache.evaluation.answer_summary import AnswerReport
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/index.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/index.md", "docs/benchmarks.md", "docs/what-reuse-costs.md")
 
 _SLOT = re.compile(r"(<!-- generated: ([\w.-]+)((?: \w+)*) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
@@ -38,10 +41,11 @@ def main(arguments: list[str]) -> int:
     if set(arguments) - {"--check"}:
         print(f"unknown argument in {arguments}; the only one is --check", file=sys.stderr)
         return 2
-    stale = []
+    stale, asked = [], set()
     for page in PAGES:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
+        asked |= {slot[2] for slot in _SLOT.finditer(text)}
         fresh = filled_in(text, ROOT / "docs" / "benchmarks", path.parent)
         if fresh != text:
             stale.append(page)
@@ -49,7 +53,9 @@ def main(arguments: list[str]) -> int:
                 path.write_text(fresh, encoding="utf-8")
     if "--check" not in arguments:
         for result in sorted((ROOT / "docs" / "benchmarks").glob("*.json")):
-            plot(json.loads(result.read_text(encoding="utf-8")), result.with_suffix(".svg"))
+            measured = json.loads(result.read_text(encoding="utf-8"))
+            plot(measured, result.with_suffix(".svg"))
+            plot_answers(measured, result, asked)
     if "--check" in arguments and stale:
         print(
             f"{', '.join(stale)}: tables differ from docs/benchmarks/*.json; run `make docs`", file=sys.stderr
@@ -62,12 +68,13 @@ def filled_in(text: str, results: Path, folder: Path) -> str:
     """Return the text of a page in ``folder``, its tables and links to plots made anew from ``results``."""
 
     def fill(slot: re.Match[str]) -> str:
-        path = results / f"{slot[2].removesuffix('.svg')}.json"
+        path = results / f"{slot[2].split('.')[0]}.json"
         if not path.is_file():
             return f"{slot[1]}Not measured yet; `make bench` does.\n{slot[5]}"
         if slot[2].endswith(".svg"):
-            image = path.with_suffix(".svg").relative_to(folder).as_posix()
-            return f"{slot[1]}![{path.stem.replace('-', ' ')}]({image})\n{slot[5]}"
+            image = (results / slot[2]).relative_to(folder).as_posix()
+            words = re.sub(r"[.-]", " ", slot[2].removesuffix(".svg"))
+            return f"{slot[1]}![{words}]({image})\n{slot[5]}"
         result = json.loads(path.read_text(encoding="utf-8"))
         return f"{slot[1]}{table(result, slot[3].split())}{slot[5]}"
 
@@ -123,6 +130,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
+
+
+def plot_answers(result: dict[str, Any], path: Path, asked: set[str]) -> None:
+    """Draw what an evaluation of answers found, as its report does, where a page asks for it."""
+    if "arms" not in result:
+        return
+    names = {field.name for field in dataclasses.fields(AnswerReport)} - {"environment"}
+    report = AnswerReport(environment=None, **{name: result[name] for name in names})
+    for name, drawn in plots(report).items():
+        if f"{path.stem}.{name}.svg" in asked:
+            path.with_suffix(f".{name}.svg").write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -99,3 +99,33 @@ def test_a_result_with_a_plot_is_drawn_the_same_each_time(generator, project, tm
 def test_a_check_draws_nothing(generator, project, tmp_path):
     generator.main(["--check"])
     assert not list(tmp_path.glob("**/*.svg"))
+
+
+def test_an_evaluation_of_answers_is_drawn_where_a_page_asks_for_it(generator, project):
+    def row(arm, fidelity, recomputed):
+        bounds = {f"{name}_{end}": fidelity for name in ("fidelity", "accuracy") for end in ("low", "high")}
+        return {
+            "dataset": "nq", "variant": "", "arm": arm, "fidelity": fidelity, "accuracy": fidelity,
+            "recomputed": recomputed, "recomputed_low": recomputed, "recomputed_high": recomputed, **bounds,
+        }  # fmt: skip
+
+    measured = RESULT | {
+        "max_new_tokens": 8, "passage_format": "paper", "num_skipped": 0, "arms": ["full", "block"],
+        "rows": [row("full", 1.0, 1.0), row("block", 0.6, 0.0)], "comparisons": [], "by_gold_position": [],
+        "by_num_passages": [], "text": None,
+    }  # fmt: skip
+    (project.parent / "docs/benchmarks/answers.json").write_text(json.dumps(measured))
+    project.write_text(
+        PAGE + "<!-- generated: answers.fidelity-by-recomputed.svg -->\n<!-- end generated -->\n"
+    )
+    assert generator.main([]) == 0
+    assert "![answers fidelity by recomputed](docs/benchmarks/answers.fidelity-by-recomputed.svg)" in (
+        project.read_text()
+    )
+    drawn = project.parent / "docs/benchmarks/answers.fidelity-by-recomputed.svg"
+    first = drawn.read_bytes()
+    assert b"block" in first
+    assert not list(drawn.parent.glob("*accuracy*")), "nobody asked for it"
+    drawn.unlink()
+    generator.main([])
+    assert drawn.read_bytes() == first
