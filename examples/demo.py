@@ -196,7 +196,7 @@ def index(corpus: Path, cache: BlockCache, retriever: Retriever, directory: Path
 def run(corpus: Path, directory: Path) -> tuple[list[Measurement], int]:
     """Index and ask; return the measurements, and how many bytes the blocks take on disk."""
     with (
-        BlockCache(smollm2_path(), directory) as cache,
+        BlockCache(smollm2_path(), directory, context_budget_bytes=0) as cache,
         closing(Retriever(directory / "index", embedder=str(minilm_path()))) as retriever,
     ):
         index(corpus, cache, retriever, directory)

@@ -30,6 +30,7 @@ class CacheOptions(BaseModel):
     condition_on_preamble: bool = Field(default=False, description="Let blocks attend to the preamble.")
     disk_budget_bytes: int | None = Field(default=None, description="Bound of the blocks on disk.")
     memory_budget_bytes: int | None = Field(default=4 * 2**30, description="Bound of the blocks in memory.")
+    context_budget_bytes: int = Field(default=2**30, description="Bound of contexts kept of answers.")
     salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
     admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")
     codec: str = Field(default="none", description="How blocks are kept: none (exactly), int8 or int4.")

@@ -32,9 +32,10 @@ class Answer:
         decode_tokens_per_second: After the first token; 0 if there was only one.
         num_hits: Passages found in the store; none where ``full`` was asked for, which looks none up.
         num_misses: Passages that were not, and were encoded and stored.
-        num_reused_tokens: Prompt tokens whose keys and values came from the store and were used as they are.
+        num_reused_tokens: Prompt tokens whose keys and values were there already and were used as they are.
         num_computed_tokens: All other prompt tokens.
         num_stored_tokens: Tokens whose keys and values were computed now and are kept for other prompts.
+        num_kept_tokens: Of the reused ones, those that the context of an earlier answer still held.
         tool_calls: Calls of the request's tools, in order.
         policy: The one that was used.
         policy_reason: Why, if it was not asked for by name.
@@ -57,6 +58,7 @@ class Answer:
     policy: str
     policy_reason: str = ""
     num_stored_tokens: int = 0
+    num_kept_tokens: int = 0
     tool_calls: tuple[ToolCall, ...] = ()
 
     @property
@@ -88,6 +90,7 @@ def finished(
         policy=plan.policy.name,
         policy_reason=plan.policy_reason,
         num_stored_tokens=plan.num_stored,
+        num_kept_tokens=plan.num_kept,
         tool_calls=tool_calls,
     )
 

@@ -113,6 +113,32 @@ class Context(Cache):
             for placed in placements:
                 _place(run, row, self.starts[row], placed, angles[known])
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of keys and values, those of slots without a token included."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._context_layers)
+
+    @torch.inference_mode()
+    def continued(self, model: Model, num_slots: int, length: int, *, room: int = 0) -> Context:
+        """Return a context of one prompt whose first slots are those of this one, which is used up.
+
+        Args:
+            model: The model.
+            num_slots: How many of them.
+            length: Tokens of the prompt; the slots from ``num_slots`` on are to be filled.
+            room: As for a new context.
+        """
+        run = self._runs[0]
+        is_whole = self._context_layers[0].keys.data_ptr() == run.keys.data_ptr()  # it has not grown
+        if is_whole and length + room <= run.keys.shape[-2]:
+            self.length = length
+            return self
+        context = Context(model, [length], room=room)
+        for mine, its in zip(self._context_layers, context._context_layers, strict=True):
+            its.keys[:, :, :num_slots] = mine.keys[:, :, :num_slots]
+            its.values[:, :, :num_slots] = mine.values[:, :, :num_slots]
+        return context
+
     def begin(self, slots: Tensor | slice, end: int) -> None:
         """Say where the next pass writes.
 

@@ -32,6 +32,7 @@ from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
 from rag_blockcache.guard import THRESHOLD, GuardStatus, start_guard, status_of
+from rag_blockcache.kept_contexts import KeptContexts
 from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.loading import load_model
 from rag_blockcache.matcher import Matcher
@@ -78,6 +79,9 @@ class BlockCache:
         disk_budget_bytes: The least valuable blocks go when it is full. It is recorded in the directory; None
             keeps what is on record, which at first is no bound.
         memory_budget_bytes: Likewise for blocks held in memory; None sets no bound.
+        context_budget_bytes: Likewise for contexts of the latest answers, kept where the model runs. A prompt
+            that begins as one of them, such as the next turn of a chat, goes on from there, under policies
+            that do not look at the question. 0 keeps none.
         salt: Blocks of one salt are invisible under another (one a tenant).
         admission: What becomes of a passage that an answer needs and nobody prefilled: ``"always"`` stores
             its block, ``"frequency"`` keeps it in memory and stores it at its second use, ``"off"`` drops it.
@@ -116,6 +120,7 @@ class BlockCache:
         condition_on_preamble: bool = False,
         disk_budget_bytes: int | None = None,
         memory_budget_bytes: int | None = 4 * 2**30,
+        context_budget_bytes: int = 2**30,
         salt: str = "",
         admission: Admission = "always",
         codec: str = "none",
@@ -157,6 +162,7 @@ class BlockCache:
         self._registry = PassageRegistry(directory)
         self._planner = Planner(self.model, self.prompt, self._blocks, Matcher(self._registry))
         self._break_even = BreakEven(self.model)
+        self._kept = KeptContexts(self.model, context_budget_bytes)
         # Every prompt needs it; those of other system prompts come and go like passages.
         self.store.pin([self._blocks.block(self._planner.usual_preamble()).block_id])
 
@@ -170,6 +176,7 @@ class BlockCache:
         """Write what is still in flight, and let go of the store."""
         if self._guard is not None:
             self._guard.close()
+        self._kept.clear()
         self.store.close()
         self._registry.close()
 
@@ -246,6 +253,7 @@ class BlockCache:
         """Delete the blocks of passages, and look for their texts no longer; unknown ones are passed over."""
         given = as_passages(passages)
         self._registry.remove(passage.text for passage in given)
+        self._kept.clear()  # they may hold them
         for block in self._planner.blocks(given):
             self.store.pop(block.block_id, None)
 
@@ -490,9 +498,9 @@ class BlockCache:
         return self._break_even.pays(plan.num_placed - num_chosen, num_looked)
 
     def _prefill(
-        self, plans: Sequence[Plan], *, room: int = 0, num_logits: int = 1
+        self, plans: Sequence[Plan], *, room: int = 0, num_logits: int = 1, continues: bool = False
     ) -> tuple[Context, Tensor, list[dict[str, BlockStates]]]:
-        """Load, assemble and prefill.
+        """Load, assemble and prefill; on demand from the context of an earlier answer that begins alike.
 
         Returns:
             The context, logits ``(batch, num_logits, vocab_size)``, and the states that each plan placed.
@@ -500,7 +508,9 @@ class BlockCache:
         states = [self._load(plan) for plan in plans]
         start = time.perf_counter()
         lengths = [plan.num_tokens for plan in plans]
-        context = Context(self.model, lengths, room=room, scratch=int(len(plans) > 1))
+        context = self._kept.take(plans[0], room) if continues and len(plans) == 1 else None
+        if context is None:
+            context = Context(self.model, lengths, room=room, scratch=int(len(plans) > 1))
         for row, (plan, loaded) in enumerate(zip(plans, states, strict=True)):
             context.place(row, plan.placements(loaded), max(lengths))
         assembled = time.perf_counter()
@@ -525,7 +535,7 @@ class BlockCache:
     def _answer_now(
         self, plans: Sequence[Plan], max_new_tokens: int, options: Mapping[str, Any], monitor: Monitor
     ) -> list[Answer]:
-        context, logits, states = self._prefill(plans, room=max_new_tokens)
+        context, logits, states = self._prefill(plans, room=max_new_tokens, continues=True)
         decoded = decode(
             self.model,
             context,
@@ -535,6 +545,8 @@ class BlockCache:
             monitor=monitor,
             options=options,
         )
+        if len(plans) == 1:
+            self._kept.keep(plans[0], context, decoded[0].token_ids)
         for plan, placed in zip(plans, states, strict=True):
             self._learn(plan, placed)
         stops = stop_strings(self.model, options)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_blockcache.assembler import Placement
@@ -33,6 +35,7 @@ class Plan:
     # Positions that are computed again because of a look at this request; see ``repair``.
     chosen: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     shares_preamble: bool = True  # with most other prompts, so that it is worth a place on disk at once
+    num_kept: int = 0  # slots, from the first on, that the context of an earlier answer holds
     num_stored: int = 0  # tokens of blocks that were encoded for this request, and are kept
     num_continuation: int = 0  # tokens behind the prompt, at the end of the last segment
     match_seconds: float = 0.0
@@ -65,8 +68,28 @@ class Plan:
         return [
             Placement(states[self.blocks[index].block_id].prefix(len(span)), span.start)
             for index, span in self.spans()
-            if index in self.blocks
+            if index in self.blocks and span.stop > self.num_kept
         ]
+
+    def origins(self) -> NDArray[np.int64]:
+        """Return where keys and values of each slot come from, ``(num_tokens,)``.
+
+        Computed slots are 0; placed ones have a number that stands for their block.
+        """
+        origins = np.zeros(self.num_tokens, dtype=np.int64)
+        if not self.policy.is_full:
+            for index, span in self.spans():
+                if index in self.blocks:
+                    origins[span.start : span.stop] = hash(self.blocks[index].block_id) or 1
+            origins[self.policy.computed_again(self._passage_spans())] = 0
+        return origins
+
+    def whole_blocks(self, num_slots: int) -> int:
+        """Return the most slots, up to so many, that cut no placed block in two."""
+        for index, span in self.spans():
+            if index in self.blocks and not self.policy.is_full and span.start < num_slots < span.stop:
+                return span.start
+        return num_slots
 
     def is_filled(self) -> Tensor:
         """Return for each slot whether a block fills it, ``(num_tokens,)``."""
@@ -82,6 +105,7 @@ class Plan:
         if not self.policy.is_full:
             computed[self.policy.computed_again(self._passage_spans())] = True
             computed[self.chosen] = True
+        computed[: self.num_kept] = False
         return computed
 
     def candidates(self) -> Tensor:

@@ -86,6 +86,7 @@ def test_counts_add_up_to_the_prompt_for_every_kind_of_request(tiny_cache, cheap
             del tiny_cache.store[block_id]
         first = tiny_cache.generate("Who?", PASSAGES, policy=policy, max_new_tokens=1)
         assert used(first) == (0, 3, 0, total)
+        tiny_cache._kept.clear()
         again = tiny_cache.generate("Who?", PASSAGES, policy=policy, max_new_tokens=1)
         assert used(again) == (3, 0, reused, total - reused)
     assert used(tiny_cache.generate("Who?", PASSAGES, policy="full", max_new_tokens=1)) == (0, 0, 0, total)

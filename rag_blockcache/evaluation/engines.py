@@ -24,7 +24,9 @@ class Engines:
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.plain = _warm(BlockCache(model, None, memory_budget_bytes=None, **options))
+        self.plain = _warm(
+            BlockCache(model, None, memory_budget_bytes=None, context_budget_bytes=0, **options)
+        )
         loading = {"tokenizer", "device", "dtype", "adapter"}  # done once
         self._options = {name: value for name, value in options.items() if name not in loading}
         self._by_kind: dict[str, BlockCache] = {FULL_ARM.engine: self.plain}
@@ -38,6 +40,7 @@ class Engines:
                 None,
                 tokenizer=self.plain.tokenizer,
                 memory_budget_bytes=None,
+                context_budget_bytes=0,  # every question is timed as if it were the first
                 **{**self._options, **arm.options},
             )
             self._by_kind[arm.engine] = _warm(opened)

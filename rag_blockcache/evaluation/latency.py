@@ -159,7 +159,11 @@ class _Bench:
 
     def _text_request(self, prompt: TokenPrompt, stack: ExitStack) -> TextRequest | None:
         cache = BlockCache(
-            self._model.network, None, tokenizer=self._model.tokenizer, memory_budget_bytes=None
+            self._model.network,
+            None,
+            tokenizer=self._model.tokenizer,
+            memory_budget_bytes=None,
+            context_budget_bytes=0,  # the same request is asked again and again
         )
         request = TextRequest.fitting(stack.enter_context(cache), prompt, self._policies[0])
         if request is None:

@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     model = options.model or smollm2_path()
-    with BlockCache(model, None, dtype=options.dtype, memory_budget_bytes=None) as cache:
+    with BlockCache(
+        model, None, dtype=options.dtype, memory_budget_bytes=None, context_budget_bytes=0
+    ) as cache:
         rows = []
         for num_passages in options.passages:
             for policy in options.policies:

@@ -130,7 +130,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    with BlockCache(options.model or smollm2_path(), None, memory_budget_bytes=None) as cache:
+    with BlockCache(
+        options.model or smollm2_path(), None, memory_budget_bytes=None, context_budget_bytes=0
+    ) as cache:
         run = token_run(cache.model, max(options.lengths) + PASSAGE_TOKENS, reference_text())
         rows = []
         for length in options.lengths:

@@ -138,6 +138,7 @@ class LlamaIndexWay:
         llm = BlockCacheLLM(
             model_name=options["model"],
             cache_dir=options["cache_dir"],
+            context_budget_bytes=options["context_budget_bytes"],
             max_new_tokens=1,
             policy=policy,
             generate_kwargs={"do_sample": False},
@@ -222,7 +223,7 @@ def measure(
     model: Path, folder: Path, *, num_passages: int, passage_tokens: int, repeats: int
 ) -> dict[str, Any]:
     """Ask in all ways, and return environment and rows."""
-    options = {"model": str(model), "cache_dir": str(folder)}
+    options = {"model": str(model), "cache_dir": str(folder), "context_budget_bytes": 0}
     engine = ChatBlockCache(**options).engine
     cache = engine.get()
     passages = passages_of(cache, num_passages, passage_tokens)
