@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation import answer_plots
 from rag_blockcache.evaluation.answer_evaluation import EvaluationOptions, _batches, _evenly, evaluate
 from rag_blockcache.evaluation.answer_page import write_report
+from rag_blockcache.evaluation.answer_run import AnswerRun
 from rag_blockcache.evaluation.command import typed_command
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +58,8 @@ def options(tiny_model_path, benchmarks):
     return make
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+def run(*arguments, **settings):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)], **settings)
 
 
 def predictions(folder):
@@ -145,6 +147,49 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_happened(options
     assert predictions(tmp_path / "killed") == predictions(tmp_path / "whole")
 
 
+def test_raising_the_limit_asks_only_new_questions_whatever_prompts_they_need(options, tmp_path):
+    few = options(report=str(tmp_path), num_passages="1,5", limit=2, timed=0)
+    before = evaluate(few)
+    done = (tmp_path / "predictions.jsonl").read_bytes()
+    report = evaluate(dataclasses.replace(few, limit=4))
+    assert {row["num_questions"] for row in report.rows if row["dataset"] == "village"} == {4}
+    assert (tmp_path / "predictions.jsonl").read_bytes().startswith(done)
+    assert len(predictions(tmp_path)) == 2 * done.count(b"\n")
+    assert evaluate(few).rows == before.rows
+
+
+def test_policies_that_are_added_later_are_timed_on_the_questions_of_the_others(options, tmp_path):
+    def timed(arm):
+        lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {row["key"] for row in rows if row["arm"] == arm and row["ttft_seconds"] is not None}
+
+    evaluate(options(report=str(tmp_path), policies="block", limit=2, timed=3))
+    first = timed("block")
+    evaluate(options(report=str(tmp_path), policies="block", timed=3))
+    assert timed("full") == timed("block") == first
+    evaluate(options(report=str(tmp_path), policies="block,link-4", timed=3))
+    assert timed("link-4") == timed("full") == first
+    assert len(first) == 3
+    evaluate(options(report=str(tmp_path), policies="block,link-4", num_passages="2", timed=5))
+    assert len(timed("link-4")) == len(timed("full")) == 3 + 5, "of other prompts none was timed"
+
+
+def test_a_batch_asks_nothing_that_one_of_its_questions_has_on_record(options, tmp_path, monkeypatch):
+    evaluate(options(report=str(tmp_path), policies="block", limit=2, timed=0))
+    asked = []
+    inner = AnswerRun.measure
+
+    def observed(self, examples):
+        asked.append([[arm.name for arm in self.missing(example)] for example in examples])
+        inner(self, examples)
+
+    monkeypatch.setattr(AnswerRun, "measure", observed)
+    evaluate(options(report=str(tmp_path), policies="block,link-4", timed=0))
+    new, whole = ["link-4"], ["full", "no-passages", "block", "link-4"]
+    assert asked == [[new] * 4, [whole] * 6]
+
+
 def test_another_model_in_the_same_directory_is_an_error(options, tmp_path):
     evaluate(options(report=str(tmp_path), timed=0, limit=1))
     with pytest.raises(InvalidInputError, match="max_new_tokens 8"):
@@ -166,7 +211,7 @@ def test_prompts_beyond_the_window_are_left_out_and_counted(options, tmp_path, t
 
 def test_numbers_of_passages_and_places_of_gold_are_told_apart(options, benchmarks):
     report = evaluate(
-        options(data=benchmarks[:1], num_passages=[1, 2], orders=["gold-first", "gold-last"], timed=0)
+        options(data=benchmarks[:1], num_passages="1,2", orders="gold-first, gold-last", timed=0)
     )
     by_number = {(row["num_passages"], row["arm"]): row for row in report.by_num_passages}
     assert {number for number, _ in by_number} == {1, 2}
@@ -255,6 +300,10 @@ def test_without_json_the_command_draws_a_table_and_says_where_the_report_is(
     [
         (["--policies", "sideways"], "sideways"),
         (["--orders", "upwards"], "gold-first"),
+        (["--num-passages", "0"], "num_passages is '0'"),
+        (["--join-words", "many"], "join_words is 'many'"),
+        (["--limit", "0"], "limit is 0; it must be at least 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--data", "no-such-file.jsonl"], "no such file"),
     ],
 )
@@ -262,6 +311,34 @@ def test_a_mistake_is_told_in_a_sentence_before_the_model_is_loaded(benchmarks, 
     result = run("--data", benchmarks[0], "--model", "no-such-model", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr.replace("\n", " ")
+
+
+def test_an_interrupted_run_says_that_the_same_command_goes_on(
+    tiny_model_path, benchmarks, tmp_path, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerRun, "measure", interrupt)
+    given = ("--data", benchmarks[0], "--model", tiny_model_path, "--device", "cpu")
+    kept = run(*given, "--report", tmp_path / "report")
+    assert kept.exit_code == 130
+    assert "the same command goes on from there" in " ".join(kept.stderr.split())
+    assert "goes on" not in run(*given).stderr
+
+
+def test_the_plain_module_takes_every_option_of_the_command(benchmarks):
+    help_of = {
+        "command": run("--help", env={"COLUMNS": "200"}).stdout,
+        "module": subprocess.run(
+            [sys.executable, "-m", "rag_blockcache.evaluation", "--help"],
+            capture_output=True, text=True, cwd=ROOT, check=True, env={**os.environ, "COLUMNS": "200"},
+        ).stdout,
+    }  # fmt: skip
+    for each in dataclasses.fields(EvaluationOptions):
+        for shown in help_of.values():
+            assert f"--{each.name.replace('_', '-')}" in shown
+            assert each.metadata["help"].split(";")[0][:60] in " ".join(re.sub("[│\\s]+", " ", shown).split())
 
 
 def test_the_page_escapes_what_benchmarks_are_called(options, tmp_path):
@@ -318,6 +395,7 @@ def test_it_runs_without_the_libraries_of_the_command_line_and_of_the_index(
         "no-passages",
         "block",
         "link-16",
+        "link-16+query-0.08",
     ]
     assert "2/2 questions" in result.stderr
     assert "the report has no plots: plots need matplotlib" in result.stderr
@@ -358,7 +436,7 @@ def test_a_real_model_comes_closer_to_full_attention_the_more_is_computed_again(
             model=str(smollm2_path),
             data=benchmarks[:1],
             policies="block,link-4,link-16",
-            num_passages=[5],
+            num_passages="5",
             max_new_tokens=12,
             timed=0,
             device="cpu",

@@ -8,7 +8,8 @@ import qa_data
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation.answer_metrics import contains_answer
 from rag_blockcache.evaluation.qa_examples import read_row
-from rag_blockcache.evaluation.variants import ORDERS, in_order, vary, with_num_passages
+from rag_blockcache.evaluation.variants import ORDERS, POOL, in_order, joined, vary, with_num_passages
+from rag_blockcache.passages import Passage
 
 
 @pytest.fixture
@@ -85,7 +86,60 @@ def test_numbers_and_orders_are_combined_and_each_has_a_key_of_its_own(examples)
     assert varied == vary(examples, num_passages=[1, 3], orders=["given", "twice"])
 
 
-@pytest.mark.parametrize("options", [{"orders": ["sideways"]}, {"num_passages": [0]}])
-def test_an_unknown_order_and_an_impossible_number_are_errors(examples, options):
+def test_an_unknown_order_is_an_error(examples):
     with pytest.raises(InvalidInputError, match="gold-first"):
-        vary(examples, **options)
+        vary(examples, orders=["given", "sideways"])
+
+
+def test_neighbours_are_joined_until_they_have_enough_words():
+    texts = ["one two three", "four", "five six", "seven"]
+    passages = [
+        {"title": title, "text": text, "is_gold": gold}
+        for title, text, gold in zip("AB D", texts, [False, True, False, False], strict=True)
+    ]
+    example = read_row({"question": "What?", "passages": passages}, dataset="x")
+    long = joined(example, 4)
+    assert [(each.title, each.text) for each in long.passages] == [
+        ("A", "one two three\n\nB\nfour"),
+        (" ", "five six\n\nD\nseven"),
+    ]
+    assert (long.is_gold, long.gold_position, long.variant) == ((True, False), 1, "joined to 4 words")
+    assert joined(example, 0) is example
+    assert [each.text for each in joined(example, 1).passages] == texts
+    [whole] = joined(example, 10_000).passages
+    assert all(text in whole.text for text in texts)
+
+
+def test_what_is_joined_of_passages_without_marks_has_none(examples):
+    unmarked = dataclasses.replace(examples[0], is_gold=(None, None, None))
+    assert set(joined(unmarked, 15).is_gold) == {None}
+
+
+def test_more_passages_are_as_long_as_the_joined_ones_of_the_question(examples):
+    varied = vary(examples, join_words=[0, 20], num_passages=[3], orders=["given", "reversed"])
+    assert [each.variant for each in varied[:4]] == [
+        "3 passages",
+        "3 passages, reversed",
+        "joined to 20 words, 3 passages",
+        "joined to 20 words, 3 passages, reversed",
+    ]
+    long = varied[2]
+    assert set(joined(examples[0], 20).passages) < set(long.passages)
+    assert min(len(passage.text.split()) for passage in long.passages[:-1]) >= 9
+    assert any(passage in joined(examples[1], 20).passages for passage in long.passages)
+
+
+def test_more_questions_leave_the_prompts_of_the_others_as_they_are(examples):
+    many = [
+        dataclasses.replace(
+            examples[0],
+            example_id=f"q{number}",
+            passages=tuple(Passage(f"Passage {number} {index}.") for index in range(3)),
+        )
+        for number in range(2 * POOL)
+    ]
+    few = vary(many[:POOL], limit=7, num_passages=[12])
+    assert len(few) == 7
+    assert vary(many, limit=POOL + 3, num_passages=[12])[:7] == few
+    later = vary(many, num_passages=[12])[POOL]
+    assert not {passage.text.split()[1] for passage in later.passages} & {str(each) for each in range(POOL)}

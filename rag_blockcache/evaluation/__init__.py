@@ -9,6 +9,6 @@ Answers, in reading order: ``qa_examples`` (a question with its passages), ``qa_
 (where they come from), ``variants`` (other passages around them); ``arms``, ``engines`` and ``unmoved`` (what
 is compared); ``prefilled`` (prompts of an arm, answered and led along an answer); ``answer_metrics``,
 ``agreement`` and ``perplexity`` (how it is judged); ``predictions`` (what is kept), ``answer_run`` (the run),
-``bootstrap``, ``answer_summary``, ``answer_plots`` and ``answer_page`` (the report); ``answer_evaluation``
-(all of it).
+``bootstrap``, ``answer_summary``, ``answer_plots`` and ``answer_page`` (the report); ``answer_options`` and
+``answer_evaluation`` (all of it); ``question_writing`` and ``calibration`` (a policy for one's own passages).
 """

@@ -5,72 +5,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.evaluation.answer_options import EvaluationOptions, listed_numbers
 from rag_blockcache.evaluation.answer_run import AnswerRun
 from rag_blockcache.evaluation.answer_summary import AnswerReport, summarize
-from rag_blockcache.evaluation.arms import parse_arms
+from rag_blockcache.evaluation.arms import FULL_ARM, parse_arms
 from rag_blockcache.evaluation.engines import Engines
 from rag_blockcache.evaluation.environment import Environment
 from rag_blockcache.evaluation.perplexity import text_perplexity
 from rag_blockcache.evaluation.predictions import PredictionLog
 from rag_blockcache.evaluation.public_sets import load_benchmark
 from rag_blockcache.evaluation.qa_examples import QaExample
-from rag_blockcache.evaluation.variants import vary
+from rag_blockcache.evaluation.variants import POOL, vary
 from rag_blockcache.model import Model
+
+__all__ = ["EvaluationOptions", "evaluate"]
 
 Progress = Callable[[int, int, float], None]
 
 # Questions in a batch, and prompt tokens in it, by kind of device.
 _BATCH = {"cpu": (8, 16_384), "cuda": (32, 131_072)}
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What is measured, and how.
-
-    Attributes:
-        model: Hub id or folder of the model.
-        data: Benchmarks; see ``public_sets.load_benchmark``.
-        policies: Arms with commas between them; see ``arms.parse_arm``. Full attention and no passages are
-            measured in any case.
-        limit: Questions of each benchmark; None for all.
-        num_passages: Ask each question with these numbers of passages; empty for those it has.
-        orders: Ask each question with its passages in these orders; see ``variants.ORDERS``.
-        max_new_tokens: Longest answer.
-        batch_size: Questions at a time; None chooses by the device and the length of the prompts.
-        timed: How many questions are asked alone as well, to time the first token.
-        score_gold: Whether gold answers are scored too, for their perplexity; it takes one more pass each.
-        text: File of a text whose perplexity under full attention is measured too; None for none.
-        report: Directory for predictions, so that a run that was killed goes on; None keeps none.
-        adapter: Hub id or folder of a PEFT adapter to load into the model.
-        passage_format: How passages are shown, by name.
-        preamble: Text before them; None for that of the format.
-        device: Where the model runs; None for a GPU if there is one.
-        dtype: What it computes in; None for that of its files.
-    """
-
-    model: str
-    data: list[str]
-    policies: str = "block,link-16"
-    limit: int | None = None
-    num_passages: list[int] = field(default_factory=list)
-    orders: list[str] = field(default_factory=lambda: ["given"])
-    max_new_tokens: int = 64
-    batch_size: int | None = None
-    timed: int = 20
-    score_gold: bool = False
-    text: str | None = None
-    report: str | None = None
-    adapter: str | None = None
-    passage_format: str = "paper"
-    preamble: str | None = None
-    device: str | None = None
-    dtype: str | None = None
 
 
 def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> AnswerReport:
@@ -83,9 +41,8 @@ def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> An
     Raises:
         InvalidInputError: If an option, a benchmark, or the directory of an earlier run cannot be used.
     """
+    options.check()
     arms = parse_arms(options.policies)
-    if options.max_new_tokens < 1 or not options.data:
-        raise InvalidInputError("max_new_tokens must be at least 1, and data name one benchmark at least")
     text = None if options.text is None else Path(options.text).read_text(encoding="utf-8")
     examples = [example for name in options.data for example in _benchmark(options, name)]
     with _engines(options) as engines:
@@ -96,7 +53,7 @@ def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> An
             arms,
             log,
             max_new_tokens=options.max_new_tokens,
-            timed=_evenly(list(fitting), options.timed),
+            timed=_to_time(log, fitting, options.timed),
             scores_gold=options.score_gold,
         )
         _measure_all(run, engines.plain.model, fitting, options.batch_size, progress or (lambda *_: None))
@@ -115,7 +72,18 @@ def evaluate(options: EvaluationOptions, progress: Progress | None = None) -> An
 
 
 def _benchmark(options: EvaluationOptions, name: str) -> list[QaExample]:
-    return vary(load_benchmark(name, options.limit), num_passages=options.num_passages, orders=options.orders)
+    numbers = listed_numbers("num_passages", options.num_passages, least=1)
+    lengths = listed_numbers("join_words", options.join_words, least=0)
+    num_read = options.limit
+    if num_read is not None and numbers:  # passages of whole pools, so that a higher limit changes no prompt
+        num_read = -(-num_read // POOL) * POOL
+    return vary(
+        load_benchmark(name, num_read),
+        limit=options.limit,
+        join_words=lengths,
+        num_passages=numbers,
+        orders=[order.strip() for order in options.orders.split(",")],
+    )
 
 
 def _engines(options: EvaluationOptions) -> Engines:
@@ -174,6 +142,17 @@ def _fitting(engines: Engines, examples: Sequence[QaExample], max_new_tokens: in
     return fitting, num_skipped
 
 
+def _to_time(log: PredictionLog, keys: Collection[str], number: int) -> set[str]:
+    """Choose so many questions: those that full attention was timed on before, then new ones, spread evenly.
+
+    So policies that are added later are timed on the questions of the others.
+    """
+    known = {key: log.get(key, FULL_ARM.name) for key in keys}
+    before = [key for key, found in known.items() if found is not None and found.ttft_seconds is not None]
+    new = [key for key, found in known.items() if found is None]
+    return {*before[:number], *_evenly(new, number - len(before))}
+
+
 def _evenly(keys: Sequence[str], number: int) -> set[str]:
     """Choose so many of the questions, spread over all of them."""
     number = min(number, len(keys))
@@ -183,13 +162,16 @@ def _evenly(keys: Sequence[str], number: int) -> set[str]:
 def _measure_all(
     run: AnswerRun, model: Model, fitting: Fitting, batch_size: int | None, progress: Progress
 ) -> None:
-    pending = [(example, length) for example, length in fitting.values() if run.missing(example)]
-    start, num_done = time.perf_counter(), len(fitting) - len(pending)
+    alike: dict[tuple[str | None, ...], list[tuple[QaExample, int]]] = {}
+    for example, length in fitting.values():
+        if missing := run.missing(example):  # no batch asks what one of its questions has on record
+            group = (model.regime(length), *(arm.name for arm in missing))
+            alike.setdefault(group, []).append((example, length))
+    start, num_done = time.perf_counter(), len(fitting) - sum(map(len, alike.values()))
     progress(num_done, len(fitting), 0.0)
     limits = _BATCH.get(model.device.type, _BATCH["cpu"]) if batch_size is None else (batch_size, None)
-    for regime in dict.fromkeys(model.regime(length) for _, length in pending):  # never beside one another
-        alike = [(example, length) for example, length in pending if model.regime(length) == regime]
-        for batch in _batches(alike, *limits):
+    for pending in alike.values():
+        for batch in _batches(pending, *limits):
             run.measure(batch)
             num_done += len(batch)
             progress(num_done, len(fitting), time.perf_counter() - start)

@@ -40,31 +40,68 @@ _ORDERS: dict[str, Callable[[_Marked, random.Random], _Marked]] = {
 }
 ORDERS = tuple(_ORDERS)
 
+POOL = 100  # questions that lend one another passages, counted from the first
+
 
 def vary(
-    examples: Sequence[QaExample], *, num_passages: Sequence[int] = (), orders: Sequence[str] = ("given",)
+    examples: Sequence[QaExample],
+    *,
+    limit: int | None = None,
+    join_words: Sequence[int] = (),
+    num_passages: Sequence[int] = (),
+    orders: Sequence[str] = ("given",),
 ) -> list[QaExample]:
-    """Return every question once for each number of passages and each order.
+    """Return every question once for each length of passages, each number of them, and each order.
 
     Args:
-        examples: Of one benchmark; where a question needs more passages, it takes those of the others.
+        examples: Of one benchmark; where a question needs more passages, it takes those of its pool: of
+            ``POOL`` questions that stand together in the benchmark.
+        limit: Vary so many from the start, the others only lend passages; None varies all.
+        join_words: See ``joined``; 0 leaves passages as they are, and so does an empty sequence.
         num_passages: How many passages; empty leaves them as they are.
         orders: Names in ``ORDERS``.
 
     Raises:
-        InvalidInputError: If an order is unknown, a number is below 1, or there are not enough passages.
+        InvalidInputError: If an order is unknown, or there are not enough passages.
     """
     unknown = [order for order in orders if order not in _ORDERS]
-    if unknown or min(num_passages, default=1) < 1:
-        raise InvalidInputError(
-            f"orders are {list(orders)} and numbers of passages {list(num_passages)}; the orders are "
-            f"{', '.join(ORDERS)}, and a prompt has at least one passage"
-        )
+    if unknown:
+        raise InvalidInputError(f"orders {unknown} are unknown; use {', '.join(ORDERS)}")
+    lengths = [[joined(example, words) for example in examples] for words in join_words or (0,)]
     varied = []
-    for example in examples:
-        sized = [with_num_passages(example, number, examples) for number in num_passages] or [example]
-        varied += [in_order(each, order) for each in sized for order in orders]
+    for index in range(len(examples[:limit])):
+        start = index // POOL * POOL
+        for same_length in lengths:
+            example, pool = same_length[index], same_length[start : start + POOL]
+            sized = [with_num_passages(example, number, pool) for number in num_passages] or [example]
+            varied += [in_order(each, order) for each in sized for order in orders]
     return varied
+
+
+def joined(example: QaExample, num_words: int) -> QaExample:
+    """Return an example whose passages are neighbours joined, until they have so many words each.
+
+    The last one may have fewer. The title of the first is that of the whole, those of the others stand before
+    their texts. What is joined is gold if a part of it is.
+    """
+    if not num_words:
+        return example
+    groups: list[_Marked] = []
+    num_left = 0
+    for passage, gold in zip(example.passages, example.is_gold, strict=True):
+        if num_left <= 0:
+            groups.append([])
+            num_left = num_words
+        groups[-1].append((passage, gold))
+        num_left -= len(passage.text.split())
+    return _with(example, [_as_one(group) for group in groups], f"joined to {num_words} words")
+
+
+def _as_one(group: _Marked) -> tuple[Passage, bool | None]:
+    (first, _), *others = group
+    texts = [first.text, *(f"{each.title}\n{each.text}".strip() for each, _ in others)]
+    marks = [gold for _, gold in group]
+    return Passage("\n\n".join(texts), first.title), None if None in marks else any(marks)
 
 
 def in_order(example: QaExample, order: str) -> QaExample:
