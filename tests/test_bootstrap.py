@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rag_blockcache.evaluation.bootstrap import Interval, Resamples
+from rag_blockcache.evaluation.bootstrap import FEWEST, Interval, Resamples
 
 
 def test_the_first_draw_is_the_sample_itself():
@@ -58,3 +58,14 @@ def test_equal_seeds_give_equal_draws_and_others_do_not():
 )
 def test_a_difference_is_clear_only_when_its_interval_leaves_zero_out(low, high, expected):
     assert Interval((low + high) / 2, low, high).holds_zero is expected
+
+
+def test_resamples_with_nothing_to_divide_by_are_left_out():
+    draws = Resamples(range(4)).ratio([1, 0, 0, 0], [2, 0, 0, 0])  # a third of them draw the first not once
+    assert np.isnan(draws).any()
+    assert Interval.of(draws) == Interval(0.5, 0.5, 0.5)
+    assert Interval.of(1 - Resamples(range(4)).ratio([1, 1, 0, 0], [1, 0, 0, 0])).low > -math.inf
+
+
+def test_fewer_questions_than_the_fewest_show_nothing_even_if_all_point_one_way():
+    assert 2 * 0.5**FEWEST < 0.05 < 2 * 0.5 ** (FEWEST - 1)

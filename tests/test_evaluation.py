@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -23,9 +24,10 @@ import generate_benchmarks
 from rag_blockcache.cli import app
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation import answer_plots
-from rag_blockcache.evaluation.answer_evaluation import EvaluationOptions, _batches, _evenly, evaluate
+from rag_blockcache.evaluation.answer_evaluation import EvaluationOptions, _batches, evaluate
 from rag_blockcache.evaluation.answer_page import write_report
 from rag_blockcache.evaluation.answer_run import AnswerRun
+from rag_blockcache.evaluation.answer_summary import AnswerReport
 from rag_blockcache.evaluation.command import typed_command
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +220,10 @@ def test_numbers_of_passages_and_places_of_gold_are_told_apart(options, benchmar
     assert by_number[1, "link-4"]["num_questions"] == 10  # each question in two orders
     assert 0 < by_number[2, "block"]["fidelity"] < 1
     by_place = {(row["gold_position"], row["arm"]): row["num_questions"] for row in report.by_gold_position}
-    assert by_place == {(1, arm): 15 for arm in report.arms} | {(2, arm): 5 for arm in report.arms}
+    assert by_place == {(place, arm): 5 for place in (1, 2) for arm in report.arms}, (
+        "one passage has one place"
+    )
+    assert {row["variant"] for row in report.by_gold_position} == {"2 passages"}
     assert {row["variant"] for row in report.rows} == {
         f"{number}, {order}"
         for number in ("1 passage", "2 passages")
@@ -246,7 +251,9 @@ def test_differences_are_claimed_only_where_the_interval_leaves_zero_out(options
     pairs = {(each["arm"], each["than"]) for each in report.comparisons}
     assert len(pairs) == 6  # of four arms
     for each in report.comparisons:
-        assert each["is_clear"] == (each["low"] > 0 or each["high"] < 0)
+        leaves_zero_out = each["low"] > 0 or each["high"] < 0
+        assert each["is_clear"] == (leaves_zero_out and each["num_differing"] >= 6)
+        assert each["dataset"] == "average" or not each["is_clear"], "each has five questions"
     [zero] = [
         each
         for each in report.comparisons
@@ -254,6 +261,35 @@ def test_differences_are_claimed_only_where_the_interval_leaves_zero_out(options
         == ("no-passages", "full", "fidelity", "average")
     ]
     assert (zero["value"], zero["is_clear"]) == (-1.0, True)
+
+
+def test_the_page_lists_the_differences_that_are_claimed_and_no_others(options, tmp_path):
+    report = evaluate(options(timed=0))
+    page = write_report(report, "eval", tmp_path).read_text(encoding="utf-8")
+    assert page.index("<h2>average") < page.index("<svg") < page.index("<h2>village")
+    lists = re.findall(r"<summary>(\d+) differences that these questions show</summary>(.*?)</details>", page)
+    claimed = [each for each in report.comparisons if each["is_clear"]]
+    assert [int(number) for number, _ in lists] == [len(claimed), 0, 0]
+    assert 0 < len(claimed) < len(report.comparisons)
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", lists[0][1])]
+    expected = [(each["measure"], each["arm"], each["than"]) for each in claimed]
+    assert [tuple(row[:3]) for row in cells] == expected
+
+
+def test_questions_without_gold_answers_count_for_fidelity_alone(options, tmp_path):
+    rows = qa_data.rows()
+    rows[1] = {name: value for name, value in rows[1].items() if name != "answers"}
+    asked = options(data=[qa_data.write(tmp_path / "own.jsonl", rows)], timed=0, score_gold=True)
+    report = evaluate(dataclasses.replace(asked, report=str(tmp_path / "report")))
+    found = predictions(tmp_path / "report").values()
+    for row in report.rows:
+        judged = [each for each in found if each["arm"] == row["arm"] and each["is_correct"] is not None]
+        assert len(judged) == 4
+        assert row["accuracy"] == sum(each["is_correct"] for each in judged) / 4
+        log_likelihood = sum(each["gold_log_likelihood"] for each in judged)
+        num_tokens = sum(each["num_gold_tokens"] for each in judged)
+        assert row["gold_perplexity"] == pytest.approx(math.exp(-log_likelihood / num_tokens))
+        assert "fidelity" in row
 
 
 def test_the_command_writes_a_report_that_needs_nothing_beside_it(tiny_model_path, benchmarks, tmp_path):
@@ -275,6 +311,7 @@ def test_the_command_writes_a_report_that_needs_nothing_beside_it(tiny_model_pat
     assert str(tmp_path) not in result.stdout  # results are committed: no folders of this machine
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert "<svg" in page
+    assert '<meta name="viewport"' in page
     assert not re.search(r'(src|href)="(?!#)', page)
     assert page.count("<figure>") == 7
     for word in ("village", "hamlet", "average", "link-4"):
@@ -363,6 +400,10 @@ def test_plots_are_the_same_bytes_for_the_same_numbers(options):
         "fidelity-by-num_passages",
     }
     assert answer_plots.plots(report) == first
+    read = json.loads(json.dumps(report.to_json()))
+    names = {each.name for each in dataclasses.fields(report)} - {"environment"}
+    again = AnswerReport(environment=None, **{name: read[name] for name in names})
+    assert answer_plots.plots(again) == first, "the documentation draws them from result.json"
 
 
 def test_it_runs_without_the_libraries_of_the_command_line_and_of_the_index(
@@ -407,12 +448,6 @@ def test_batches_are_bounded_by_questions_and_by_padded_tokens():
     assert [len(batch) for batch in _batches(pending, 3, None)] == [3, 3, 1]
     assert [len(batch) for batch in _batches(pending, 9, 100)] == [3, 1, 2, 1]
     assert [name for batch in _batches(pending, 2, 150) for name in batch] == list("0123456")
-
-
-def test_timed_questions_are_spread_over_all():
-    assert _evenly("abcdefghij", 3) == {"a", "d", "g"}
-    assert _evenly("abc", 9) == {"a", "b", "c"}
-    assert _evenly("abc", 0) == set()
 
 
 @pytest.mark.parametrize(

@@ -143,20 +143,14 @@ def _fitting(engines: Engines, examples: Sequence[QaExample], max_new_tokens: in
 
 
 def _to_time(log: PredictionLog, keys: Collection[str], number: int) -> set[str]:
-    """Choose so many questions: those that full attention was timed on before, then new ones, spread evenly.
+    """Choose so many questions: those that full attention was timed on before, then new ones, by their hash.
 
-    So policies that are added later are timed on the questions of the others.
+    So policies that are added later are timed on the questions of the others, and every variant has its part.
     """
-    known = {key: log.get(key, FULL_ARM.name) for key in keys}
+    known = {key: log.get(key, FULL_ARM.name) for key in sorted(keys)}
     before = [key for key, found in known.items() if found is not None and found.ttft_seconds is not None]
     new = [key for key, found in known.items() if found is None]
-    return {*before[:number], *_evenly(new, number - len(before))}
-
-
-def _evenly(keys: Sequence[str], number: int) -> set[str]:
-    """Choose so many of the questions, spread over all of them."""
-    number = min(number, len(keys))
-    return {keys[index * len(keys) // number] for index in range(number)} if number > 0 else set()
+    return set([*before, *new][:number])
 
 
 def _measure_all(

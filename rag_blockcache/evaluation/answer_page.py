@@ -11,16 +11,20 @@ from typing import Any
 
 from rag_blockcache.errors import MissingDependencyError
 from rag_blockcache.evaluation.answer_plots import plots
-from rag_blockcache.evaluation.answer_summary import AnswerReport
+from rag_blockcache.evaluation.answer_summary import AVERAGE, AnswerReport
 
 logger = logging.getLogger(__name__)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
+code { overflow-wrap: anywhere; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
+th { white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+figure { margin: 0; } svg { max-width: 100%; height: auto; }
 """
 _TEXT = """
 <p>Every policy answers the same questions from the same token ids. <b>Accuracy</b>: a gold answer is
@@ -29,11 +33,13 @@ KL(full, no passages), each summed over the tokens of full attention's own greed
 0 is what the model says without any passage. <b>Same token</b>: share of these tokens at which both find the
 same token likeliest. <b>Computed again</b>: share of passage tokens that the prefill pass computes.
 <b>First token</b>: median seconds of questions asked alone, blocks in memory.</p>
-<p>Intervals hold 95 % of 2,000 paired bootstrap resamples of the questions. A difference whose interval holds
-zero is not one that these questions show. Where all of a few questions came out alike, no resample shows how
-unsure that is: mind their number.</p>
+<p>Intervals hold 95 % of 2,000 paired bootstrap resamples of the questions. A difference is listed only if
+its interval leaves zero out and it comes from six questions or more; all others are none that these questions
+show. An average counts all benchmarks alike. Where all of a few questions came out alike, no resample shows
+how unsure that is: mind their number.</p>
 """
 _SLICES = {
+    "variant": "prompts",
     "gold_position": "place of gold",
     "num_passages": "passages",
     "arm": "policy",
@@ -45,12 +51,21 @@ _SLICES = {
 }
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What reuse costs in answers</title>
 <style>{style}</style>
 {body}
 </html>
 """
-_DIFFERENCES = {"measure": "measure", "arm": "policy", "than": "than", "value": "more by", "interval": "95 %"}
+_POOLED = "questions of all benchmarks and orders together"
+_DIFFERENCES = {
+    "measure": "measure",
+    "arm": "policy",
+    "than": "than",
+    "value": "more by",
+    "interval": "95 %",
+    "num_differing": "questions that differ",
+}
 
 
 def write_report(report: AnswerReport, command: str, directory: Path | str) -> Path:
@@ -80,24 +95,38 @@ def write_report(report: AnswerReport, command: str, directory: Path | str) -> P
 
 def page(report: AnswerReport, command: str, drawn: Mapping[str, str]) -> str:
     """Return the page as HTML, with plots by name."""
-    columns = report.to_json()["columns"]
-    parts = [f"<h1>{_escaped(report.environment.model)}: what reuse costs in answers</h1>", _TEXT]
-    parts.append(f"<p>{_escaped(_where(report))}<br><code>{_escaped(command)}</code></p>")
-    for dataset, variant in dict.fromkeys((row["dataset"], row["variant"]) for row in report.rows):
-        title = ", ".join(filter(None, (dataset, variant)))
-        rows = [row for row in report.rows if (row["dataset"], row["variant"]) == (dataset, variant)]
-        shown = {key: name for key, name in columns.items() if key not in ("dataset", "variant")}
-        parts += [f"<h2>{_escaped(title)}</h2>", _table(rows, shown)]
-        clear = [
-            {**each, "interval": f"{each['low']:.3f} to {each['high']:.3f}"}
-            for each in report.comparisons
-            if (each["dataset"], each["variant"]) == (dataset, variant) and each["is_clear"]
-        ]
-        parts.append(_folded(f"{len(clear)} differences that these questions show", clear, _DIFFERENCES))
-    for sliced, what in ((report.by_gold_position, "place of gold"), (report.by_num_passages, "passages")):
-        parts.append(_folded(f"By {what}", sliced, _SLICES) if sliced else "")
-    parts += [f"<figure>{svg[svg.index('<svg') :]}</figure>" for svg in drawn.values()]
+    asked = list(dict.fromkeys((row["dataset"], row["variant"]) for row in report.rows))
+    averages = [each for each in asked if each[0] == AVERAGE]
+    slices = {"place of gold": report.by_gold_position, "number of passages": report.by_num_passages}
+    figures = [f"<figure>{svg[svg.index('<svg') :]}</figure>" for svg in drawn.values()]
+    parts = [
+        f"<h1>{_escaped(report.environment.model)}: what reuse costs in answers</h1>",
+        _TEXT,
+        f"<p>{_escaped(_where(report))}<br><code>{_escaped(command)}</code></p>",
+        *(_benchmark(report, *each) for each in averages),
+        f'<div class="plots">{"".join(figures)}</div>',
+        *(_benchmark(report, *each) for each in asked if each not in averages),
+        *(_folded(f"By {what}, {_POOLED}", rows, _SLICES) for what, rows in slices.items() if rows),
+    ]
     return _PAGE.format(style=_STYLE, body="\n".join(parts))
+
+
+def _benchmark(report: AnswerReport, dataset: str, variant: str) -> str:
+    """Show all arms on one benchmark, or on average, and what can be said of their differences."""
+
+    def of_it(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [row for row in rows if (row["dataset"], row["variant"]) == (dataset, variant)]
+
+    columns = report.to_json()["columns"]
+    shown = {key: name for key, name in columns.items() if key not in ("dataset", "variant")}
+    clear = [
+        {**each, "interval": f"{each['low']:.3f} to {each['high']:.3f}"}
+        for each in of_it(report.comparisons)
+        if each["is_clear"]
+    ]
+    title = ", ".join(filter(None, (dataset, variant)))
+    folded = _folded(f"{len(clear)} differences that these questions show", clear, _DIFFERENCES)
+    return f"<h2>{_escaped(title)}</h2>{_table(of_it(report.rows), shown)}{folded}"
 
 
 def _where(report: AnswerReport) -> str:
@@ -118,10 +147,11 @@ def _where(report: AnswerReport) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    kept = {key: name for key, name in columns.items() if any(key in row for row in rows)}
+    kept = {key: name for key, name in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
     head = "".join(f"<th>{_escaped(name)}</th>" for name in kept.values())
-    lines = ["".join(f"<td>{_escaped(_written(row.get(key)))}</td>" for key in kept) for row in rows]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    lines = ["".join(f"<td>{_escaped(_written(key, row.get(key)))}</td>" for key in kept) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _folded(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
@@ -129,9 +159,11 @@ def _folded(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str,
     return f"<details><summary>{_escaped(title)}</summary>{table}</details>"
 
 
-def _written(value: Any) -> str:
+def _written(key: str, value: Any) -> str:
     if value is None:
         return ""
+    if key.endswith("_seconds"):
+        return f"{value:.3g}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from rag_blockcache.evaluation.arms import FULL_ARM, NO_PASSAGES, Arm
-from rag_blockcache.evaluation.bootstrap import Draws, Interval, Resamples
+from rag_blockcache.evaluation.bootstrap import FEWEST, Draws, Interval, Resamples
 from rag_blockcache.evaluation.environment import Environment
 from rag_blockcache.evaluation.perplexity import Perplexity
 from rag_blockcache.evaluation.predictions import Prediction, PredictionLog
 from rag_blockcache.evaluation.qa_examples import QaExample
+from rag_blockcache.evaluation.variants import without_number, without_order
 
 AVERAGE = "average"
 _COMPARED = ("accuracy", "fidelity", "agreement")  # between any two arms
@@ -26,19 +27,21 @@ Answers = Sequence[Prediction]
 
 @dataclass(frozen=True)
 class _Measure:
-    """A ratio of two sums over questions, and what is made of it."""
+    """A ratio of two sums over the questions of which it was measured, and what is made of it."""
 
     numerator: Callable[[Prediction], float | None]
     denominator: Callable[[Prediction], float | None] = lambda _: 1.0
     finish: Callable[[Draws], Draws] = lambda ratio: ratio
 
     def draws(self, answers: Answers, resamples: Resamples) -> Draws | None:
-        """Return its draws; None where it was not measured for every question."""
-        pairs = [(self.numerator(each), self.denominator(each)) for each in answers]
-        if any(part is None for pair in pairs for part in pair) or not any(below for _, below in pairs):
-            return None
-        above, below = zip(*pairs, strict=True)
-        return self.finish(resamples.ratio(above, below))
+        """Return its draws; None where it was measured of no question."""
+        above, below = zip(*map(self.parts, answers), strict=True)
+        return self.finish(resamples.ratio(above, below)) if any(below) else None
+
+    def parts(self, answer: Prediction) -> tuple[float, float]:
+        """Return what a question adds to each sum; nothing where it was not measured."""
+        above, below = self.numerator(answer), self.denominator(answer)
+        return (0.0, 0.0) if above is None or below is None else (above, below)
 
 
 _MEASURES = {
@@ -73,8 +76,9 @@ class AnswerReport:
         arms: Names of what was compared.
         rows: A row for each arm and benchmark (and variant of it), with an average over benchmarks.
         comparisons: Differences between any two arms on the same questions.
-        by_gold_position: Accuracy of each arm by the place of the first gold passage.
-        by_num_passages: Accuracy and fidelity of each arm by the number of passages.
+        by_gold_position: Accuracy of each arm by the place of the first gold passage; questions of all
+            benchmarks and orders together, but apart by the number and length of passages.
+        by_num_passages: Accuracy and fidelity of each arm by the number of passages, likewise.
         text: Perplexity of a text under full attention, if one was given.
     """
 
@@ -167,8 +171,8 @@ def summarize(
             for (dataset, variant), table in tables.items()
             for difference in table.differences(names)
         ),
-        by_gold_position=tuple(_sliced(pooled, "gold_position", ("accuracy",))),
-        by_num_passages=tuple(_sliced(pooled, "num_passages", ("accuracy", "fidelity"))),
+        by_gold_position=tuple(_sliced(pooled, "gold_position", without_order, ("accuracy",))),
+        by_num_passages=tuple(_sliced(pooled, "num_passages", without_number, ("accuracy", "fidelity"))),
         text=text,
     )
 
@@ -193,15 +197,13 @@ class _Table:
     def __init__(self, answers: Mapping[str, Answers], seed: int = 0) -> None:
         self.num_questions = len(answers[FULL_ARM.name])
         self._answers = answers
-        asked = [(each.dataset, each.example_id) for each in answers[FULL_ARM.name]]
-        resamples = Resamples(asked, seed=seed)
+        self._asked = [(each.dataset, each.example_id) for each in answers[FULL_ARM.name]]
+        resamples = Resamples(self._asked, seed=seed)
         self.draws = {name: _draws(each, answers, resamples) for name, each in answers.items()}
 
     def row(self, arm: str) -> dict[str, Any]:
         """Return what a table shows of an arm."""
-        row: dict[str, Any] = {"arm": arm, "num_questions": self.num_questions}
-        for name, draws in self.draws[arm].items():
-            row |= _shown(name, Interval.of(draws))
+        row = self.measured(arm, list(self.draws[arm]))
         full = self.draws[FULL_ARM.name].get("accuracy")
         if full is not None and arm != FULL_ARM.name:
             row |= _shown("accuracy_gain", Interval.of(self.draws[arm]["accuracy"] - full))
@@ -210,22 +212,40 @@ class _Table:
             row |= {"ttft_seconds": statistics.median(seconds), "num_timed": len(seconds)}
         return row
 
+    def measured(self, arm: str, measures: Sequence[str]) -> dict[str, Any]:
+        """Return some measures of an arm with their intervals."""
+        row: dict[str, Any] = {"arm": arm, "num_questions": self.num_questions}
+        for name in measures:
+            if name in self.draws[arm]:
+                row |= _shown(name, Interval.of(self.draws[arm][name]))
+        return row
+
     def seconds(self, arm: str) -> list[float]:
         """Return the times to first token that were taken."""
         return [each.ttft_seconds for each in self._answers[arm] if each.ttft_seconds is not None]
 
     def differences(self, arms: Sequence[str]) -> list[dict[str, Any]]:
-        """Compare every two arms; a difference whose interval holds zero is none that can be claimed."""
+        """Compare every two arms; a difference whose interval holds zero is none that can be claimed.
+
+        Nor is one that comes from a handful of questions, see ``FEWEST``.
+        """
         found = []
         for one, other in combinations(arms, 2):
             for measure in _COMPARED:
                 if measure in self.draws[one] and measure in self.draws[other]:
                     gain = Interval.of(self.draws[other][measure] - self.draws[one][measure])
+                    number = self.num_differing(measure, one, other)
                     found.append(
                         {"measure": measure, "arm": other, "than": one, **dataclasses.asdict(gain)}
-                        | {"is_clear": not gain.holds_zero}
+                        | {"num_differing": number, "is_clear": not gain.holds_zero and number >= FEWEST}
                     )
         return found
+
+    def num_differing(self, measure: str, one: str, other: str) -> int:
+        """Return of how many questions a measure differs between two arms."""
+        parts = _MEASURES.get(measure, _MEASURES["divergence"]).parts  # fidelity is made of divergences
+        asked = zip(self._asked, self._answers[one], self._answers[other], strict=True)
+        return len({name for name, first, second in asked if parts(first) != parts(second)})
 
 
 class _Average(_Table):
@@ -247,6 +267,10 @@ class _Average(_Table):
         """Return the times to first token that were taken on any benchmark."""
         return [each for part in self._parts for each in part.seconds(arm)]
 
+    def num_differing(self, measure: str, one: str, other: str) -> int:
+        """Return of how many questions of all benchmarks a measure differs."""
+        return sum(part.num_differing(measure, one, other) for part in self._parts)
+
 
 def _draws(answers: Answers, all_answers: Mapping[str, Answers], resamples: Resamples) -> dict[str, Draws]:
     found = {name: measure.draws(answers, resamples) for name, measure in _MEASURES.items()}
@@ -264,17 +288,25 @@ def _shown(name: str, interval: Interval) -> dict[str, Any]:
     return {name + end: value for end, value in values.items()}
 
 
-def _sliced(answers: Mapping[str, Answers], by: str, measures: Sequence[str]) -> list[dict[str, Any]]:
-    """Return measures of each arm on the questions that share a value of one field, if there are several."""
-    values = {getattr(each, by) for each in answers[FULL_ARM.name]} - {None}
+def _sliced(
+    answers: Mapping[str, Answers], by: str, alike: Callable[[str], str], measures: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return measures of each arm on the questions that share a value of one field, where there are several.
+
+    Args:
+        answers: Of all arms, by name.
+        by: The field.
+        alike: From the name of a variant to that of those that are pooled.
+        measures: Names of measures.
+    """
     found = []
-    for value in sorted(values) if len(values) > 1 else ():
-        part = {arm: [each for each in all_ if getattr(each, by) == value] for arm, all_ in answers.items()}
-        table = _Table(part)
-        for arm in part:
-            row = {by: value, "arm": arm, "num_questions": table.num_questions}
-            for name in measures:
-                if name in table.draws[arm]:
-                    row |= _shown(name, Interval.of(table.draws[arm][name]))
-            found.append(row)
+    for variant in dict.fromkeys(alike(each.variant) for each in answers[FULL_ARM.name]):
+        part = {
+            arm: [each for each in all_ if alike(each.variant) == variant] for arm, all_ in answers.items()
+        }
+        values = sorted({getattr(each, by) for each in part[FULL_ARM.name]} - {None})
+        for value in values if len(values) > 1 else ():
+            same = {arm: [each for each in all_ if getattr(each, by) == value] for arm, all_ in part.items()}
+            table = _Table(same)
+            found += [{"variant": variant, by: value, **table.measured(arm, measures)} for arm in same]
     return found

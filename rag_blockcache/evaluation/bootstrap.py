@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 
 Draws = NDArray[np.float64]
 
+# Questions below which nothing is shown with 95 % confidence, even if all of them point one way (sign test):
+# 2 · ½⁵ is above 5 %, 2 · ½⁶ is not. Resamples of fewer look surer than they are.
+FEWEST = 6
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -32,8 +36,9 @@ class Interval:
 
     @classmethod
     def of(cls, draws: Draws) -> Interval:
-        """Summarise draws, the sample itself first."""
-        low, high = np.percentile(draws[1:], [2.5, 97.5])
+        """Summarise draws, the sample itself first; resamples with nothing to divide by are left out."""
+        drawn = draws[1:]
+        low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])
         return cls(float(draws[0]), float(low), float(high))
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from rag_blockcache.errors import InvalidInputError
@@ -39,6 +40,8 @@ _ORDERS: dict[str, Callable[[_Marked, random.Random], _Marked]] = {
     "twice": lambda marked, _: marked * 2,
 }
 ORDERS = tuple(_ORDERS)
+
+_NUMBER = re.compile(r"\d+ passages?")
 
 POOL = 100  # questions that lend one another passages, counted from the first
 
@@ -131,6 +134,16 @@ def with_num_passages(example: QaExample, number: int, pool: Iterable[QaExample]
     else:
         chosen = _shuffled(marked + _others(example, number - len(marked), pool, generator), generator)
     return _with(example, chosen, f"{number} passage{'s' if number > 1 else ''}")
+
+
+def without_order(variant: str) -> str:
+    """Return the name of a variant without its order, if that leaves the number of passages alone."""
+    return ", ".join(part for part in variant.split(", ") if part not in ORDERS or part == "twice")
+
+
+def without_number(variant: str) -> str:
+    """Return the name of a variant without its order and its number of passages."""
+    return ", ".join(part for part in without_order(variant).split(", ") if not _NUMBER.fullmatch(part))
 
 
 def _helps(example: QaExample, passage: Passage, gold: bool | None) -> bool:
