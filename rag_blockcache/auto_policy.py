@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,9 @@ class AutoPolicy:
     ) -> None:
         self._directory = None if directory is None else Path(directory)
         self._default, self.can_use = default, can_use
+        self._changing = (
+            threading.Lock()
+        )  # held while the record changes; who reads it takes what stands there
         self.record = PolicyRecord(model, fingerprint, prompt)
         self._choice: tuple[Policy, str] | None = None
         if self._directory is not None:
@@ -92,9 +96,10 @@ class AutoPolicy:
 
     def apply(self, plan: Plan) -> None:
         """Let what is on record prevail over the default in the plan of a request that said ``auto``."""
-        if self._choice is None or not plan.is_auto or plan.policy.is_full:
+        choice = self._choice  # once: the guard may change it meanwhile
+        if choice is None or not plan.is_auto or plan.policy.is_full:
             return
-        plan.policy, plan.policy_reason = self._choice
+        plan.policy, plan.policy_reason = choice
         if plan.policy.is_full:
             plan.blocks = {}  # none is looked up
 
@@ -107,19 +112,23 @@ class AutoPolicy:
         Raises:
             StoreError: If the file cannot be read or written; the change holds in this process all the same.
         """
+        with self._changing:
+            try:
+                self._take(self._written(change))
+            except StoreError:
+                self._take(change(self.record))
+                raise
+
+    def _written(self, change: Callable[[PolicyRecord], PolicyRecord]) -> PolicyRecord:
+        """Return the record after a change, which is then in the directory, if there is one."""
         if self._directory is None:
-            self._take(change(self.record))
-            return
-        try:
-            with held(self._directory):
-                records = read_records(self._directory)
-                after = change(next(filter(self._is_ours, records), self.record))
-                others = [each for each in records if not self._is_ours(each)]
-                write_records(self._directory, [*others, self._described(after)])
-        except StoreError:
-            self._take(change(self.record))
-            raise
-        self._take(after)
+            return change(self.record)
+        with held(self._directory):
+            records = read_records(self._directory)
+            after = change(next(filter(self._is_ours, records), self.record))
+            others = [each for each in records if not self._is_ours(each)]
+            write_records(self._directory, [*others, self._described(after)])
+        return after
 
     def _described(self, record: PolicyRecord) -> PolicyRecord:
         policy, reason = self._chosen(record) or self._default

@@ -83,6 +83,7 @@ class Guard:
         self._waiting: deque[ServedAnswer] = deque()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._told: set[str] = set()  # what went wrong before; the log says it once
         self._num_answering = self._num_compared = self._num_dropped = self._num_failed = 0
 
     @contextmanager
@@ -131,7 +132,7 @@ class Guard:
             self._thread = None
             self._num_dropped += len(self._waiting)
             self._waiting.clear()
-            logger.warning("answers are not compared with full attention: %s", error)
+            self._tell("answers are not compared with full attention", error)
 
     def status(self) -> GuardStatus:
         """Return what it does and has found."""
@@ -163,9 +164,15 @@ class Guard:
             except _ClosedError:
                 continue
             except Exception as error:  # nobody waits for it, and answers go on without
-                logger.warning("an answer could not be compared with full attention: %r", error)
+                self._tell("an answer could not be compared with full attention", error)
                 with self._changed:
                     self._num_failed += 1
+
+    def _tell(self, what: str, error: Exception) -> None:
+        """Warn of an error; the next of its kind would only fill the log."""
+        kind = f"{what}: {type(error).__name__}"
+        logger.log(logging.DEBUG if kind in self._told else logging.WARNING, "%s: %s", kind, error)
+        self._told.add(kind)
 
     def _next(self) -> ServedAnswer | None:
         """Return what to compare next; None ends the thread."""
@@ -204,7 +211,7 @@ class Guard:
         try:
             self._auto.update(change)
         except StoreError as error:
-            logger.warning("what the guard found holds until this program ends: %s", error)
+            self._tell("what the guard found holds until this program ends", error)
         with self._changed:
             self._num_compared += 1
         seen = self._auto.record.seen(name)
@@ -226,6 +233,8 @@ def _as_planned(plan: Plan) -> Plan:
         is_auto=False,  # no other policy may be chosen now
         start=plan.start,
         blocks=plan.blocks,
+        shares_preamble=plan.shares_preamble,
+        num_continuation=plan.num_continuation,
     )
 
 

@@ -194,6 +194,38 @@ def test_every_answer_of_a_batch_is_compared(guarded):
     assert seen.divergence_sum == pytest.approx(sum(sums), rel=1e-3)
 
 
+def test_the_next_turn_of_a_chat_is_compared_as_if_nothing_had_been_kept_of_the_last(guarded):
+    cache = guarded()
+    first = REQUESTS["chat"]
+    said = cache.answer(first, policy="block", **GREEDY)
+    turns = [*first.messages, {"role": "assistant", "content": said.text}]
+    second = Chat([*turns, {"role": "user", "content": "And when was that?"}], hints=[MILL])
+    plans = []
+    inner = cache._kept.take
+
+    def observed(plan, room):
+        plans.append(plan)
+        return inner(plan, room)
+
+    cache._kept.take = observed
+    answer = cache.answer(second, policy="block", **GREEDY)
+    assert plans[0].num_kept > 0, "it went on from the context of the first"
+    settled(cache, 2)
+    [seen] = cache.guard.watched
+    sums = [expected(cache, first, said.token_ids), expected(cache, second, answer.token_ids)]
+    assert seen.divergence_sum == pytest.approx(sum(each for each, _ in sums), rel=1e-3)
+
+
+def test_a_comparison_stores_no_block_that_the_answer_did_not_store(guarded):
+    cache = guarded(memory_budget_bytes=0)
+    with cache._guard.answering():  # nothing is compared before we have looked
+        cache.answer(REQUESTS["chat"], policy="block", **GREEDY)
+        before = set(cache.store.disk)
+    settled(cache, 1)
+    assert set(cache.store.disk) == before
+    assert len(before) == 1, "of the text before the passage, which is this chat's alone, none is stored"
+
+
 def test_a_stream_is_compared_when_it_was_read(guarded):
     cache = guarded()
     list(cache.stream_answer(ASKED, policy="block", **GREEDY))
@@ -399,6 +431,19 @@ def test_an_error_in_the_background_is_logged_and_never_raised(guarded, monkeypa
     assert settled(cache, 2).num_compared == 1
 
 
+def test_an_error_that_comes_again_does_not_fill_the_log(guarded, monkeypatch, caplog):
+    cache = guarded()
+    monkeypatch.setattr(Comparison, "_full", lambda *_: 1 / 0)
+    for number in range(1, 4):
+        cache.answer(ASKED, policy="block", **GREEDY)
+        assert settled(cache, number).num_failed == number
+    assert caplog.text.count("ZeroDivisionError: division by zero") == 1
+    monkeypatch.setattr(Comparison, "_full", lambda *_: [][0])
+    cache.answer(ASKED, policy="block", **GREEDY)
+    settled(cache, 4)
+    assert caplog.text.count("IndexError") == 1, "another one is told"
+
+
 def test_a_divergence_that_is_no_number_is_a_failure(guarded, monkeypatch, caplog):
     cache = guarded()
     monkeypatch.setattr(Comparison, "compare", lambda *_: (float("nan"), 0))
@@ -426,10 +471,11 @@ def test_where_no_thread_can_be_started_answers_go_on(guarded, monkeypatch, capl
 def test_what_cannot_be_recorded_holds_in_this_process(guarded, tmp_path, caplog):
     cache = guarded()
     (tmp_path / FILE_NAME).write_text("[]")
-    cache.answer(ASKED, policy="block", **GREEDY)
-    status = settled(cache, 1)
-    assert (status.num_compared, status.watched[0].num_answers) == (1, 1)
-    assert "holds until this program ends" in caplog.text
+    for number in range(1, 4):
+        cache.answer(ASKED, policy="block", **GREEDY)
+        status = settled(cache, number)
+    assert (status.num_compared, status.watched[0].num_answers) == (3, 3)
+    assert caplog.text.count("holds until this program ends: StoreError: ") == 1
 
 
 PROGRAM = """

@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,6 +148,38 @@ def test_resetting_the_guard_keeps_the_calibration(tmp_path):
 def test_resetting_where_nothing_is_on_record_makes_no_file(tmp_path):
     assert reset_guard(tmp_path) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_threads_lose_nothing_of_a_record_that_is_in_memory():
+    auto = open_auto(None)
+
+    def slowly(record):
+        time.sleep(0.001)  # another thread would find the same record
+        return record.with_seen(_one_more(record))
+
+    threads = [threading.Thread(target=lambda: [auto.update(slowly) for _ in range(5)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert auto.record.seen("block").num_answers == 20
+
+
+def test_a_request_is_planned_by_one_choice_whatever_changes_meanwhile():
+    class Changing(AutoPolicy):
+        """Forgets its choice as soon as it was read, as another thread may have it do."""
+
+        def __getattribute__(self, name):
+            found = super().__getattribute__(name)
+            if name == "_choice" and found is not None:
+                self._choice = None
+            return found
+
+    auto = Changing(None, default=DEFAULT, model="m", fingerprint="f", prompt="p")
+    auto.update(calibrated)
+    plan = SimpleNamespace(is_auto=True, policy=BLOCK, policy_reason="", blocks={})
+    auto.apply(plan)
+    assert plan.policy.name == calibrated(auto.record).calibration.policy
 
 
 def test_without_a_directory_the_record_is_in_memory():
