@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from rag_blockcache import BlockCache, Passage
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation.answer_run import AnswerRun
 from rag_blockcache.evaluation.arms import parse_arm
+from rag_blockcache.evaluation.bootstrap import FEWEST
 from rag_blockcache.evaluation.calibration import MeasuredPolicy, choose_cheapest
 from rag_blockcache.evaluation.qa_files import read_examples
 from rag_blockcache.evaluation.question_writing import question_in, write_questions
@@ -72,7 +74,7 @@ def test_where_nothing_else_is_within_the_loss_full_attention_is_chosen():
 
 
 def test_full_attention_is_chosen_where_it_is_the_soonest():
-    found = choose_cheapest([FULL, measured("block", 1.0, 1.0, 2.0)], max_loss=0.05, num_questions=4)
+    found = choose_cheapest([FULL, measured("block", 1.0, 1.0, 2.0)], max_loss=0.05, num_questions=40)
     assert (found.policy, found.dearer) == ("full", ())
 
 
@@ -82,6 +84,11 @@ def test_time_comes_before_tokens_and_tokens_decide_where_no_time_was_taken():
     assert min([frugal, quick], key=lambda each: each.cost) is quick
     untimed = [MeasuredPolicy(each.policy, 1, 1, 1, each.recomputed, None) for each in (quick, frugal)]
     assert min(untimed, key=lambda each: each.cost).policy == "b"
+
+
+def test_too_few_questions_choose_nothing_however_alike_they_came_out():
+    with pytest.raises(InvalidInputError, match="5 questions cannot show"):
+        choose_cheapest([measured("block", 1.0, 1.0, 0.1), FULL], max_loss=0.5, num_questions=FEWEST - 1)
 
 
 def test_ways_behind_a_policy_add_up():
@@ -191,7 +198,10 @@ def test_an_index_of_which_nothing_can_be_asked_is_an_error(writer, tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    return qa_data.write(tmp_path / "village.jsonl", qa_data.rows())
+    rows = qa_data.rows()
+    return qa_data.write(
+        tmp_path / "village.jsonl", [*rows, {**rows[0], "id": "q5", "question": "Who was Ruth Hale?"}]
+    )
 
 
 @pytest.fixture
@@ -218,13 +228,13 @@ def test_what_is_chosen_is_recorded_shown_and_used(made, data, untimed, monkeypa
     within = [each["policy"] for each in found["measured"] if each["loss_at_most"] <= found["max_loss"]]
     assert found["policy"] == within[0] != "full"
     assert (found["num_questions"], found["fidelity"]) == (
-        5,
+        6,
         found["measured"][-1 - len(within[1:])]["fidelity"],
     )
     after = run_json("ask", made, "Who?", "--max-new-tokens", 2)
     assert (after["policy"], after["policy_reason"]) == (found["policy"], found["reason"])
     assert before["policy_reason"] != after["policy_reason"]
-    assert after["policy_reason"].startswith("calibrated on 5 questions: fidelity ")
+    assert after["policy_reason"].startswith("calibrated on 6 questions: fidelity ")
     [shown] = run_json("status", made)["policies"]
     assert (shown["policy"], shown["reason"]) == (found["policy"], found["reason"])
     assert found["reason"] in run("status", made).stdout
@@ -259,13 +269,13 @@ def test_a_run_that_was_stopped_goes_on_and_one_that_is_done_measures_nothing(
 
     monkeypatch.setattr(AnswerRun, "measure", counted)
     first = run_json("calibrate", made, "--data", data, *SHORT)
-    assert len(asked) == 3, "two of the five were there"
+    assert len(asked) == 4, "two of the six were there"
     again = run_json("calibrate", made, "--data", data, *SHORT, "--max-loss", 0.9)
-    assert len(asked) == 3
+    assert len(asked) == 4
     assert again["measured"] == first["measured"]
 
 
-def test_without_data_the_model_asks_about_the_index(made, untimed, monkeypatch):
+def test_without_data_the_model_asks_about_the_index(made, corpus, untimed, monkeypatch):
     inner = BlockCache.answer_batch
 
     def questions(self, requests, **options):  # a random model writes none
@@ -275,14 +285,20 @@ def test_without_data_the_model_asks_about_the_index(made, untimed, monkeypatch)
         return found
 
     monkeypatch.setattr(BlockCache, "answer_batch", questions)
-    result = run("calibrate", made, *SHORT, "--limit", 2, "-k", 3)
-    assert "ask: 2/2 questions" in result.stderr
-    assert "evaluate: 2/2 questions" in result.stderr
+    error = error_of("calibrate", made, *SHORT, "--limit", 6)
+    assert "3 questions cannot show what a policy loses; give 6 at least" in error
+    (corpus / "facts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for _, text in qa_data.FACTS)
+    )
+    index(corpus, made)
+    result = run("calibrate", made, *SHORT, "--limit", 6, "-k", 3)
+    assert "ask: 6/6 questions" in result.stderr
+    assert "evaluate: 6/6 questions" in result.stderr
     [path] = made.glob("calibration/*/questions.jsonl")
-    assert [len(example.passages) for example in read_examples(path)] == [3, 3]
+    assert [len(example.passages) for example in read_examples(path)] == [3] * 6
     assert (made / "calibration").stat().st_mode & 0o777 == 0o700
     [record] = read_records(made)
-    assert record.calibration.num_questions == 2
+    assert record.calibration.num_questions == 6
     assert f"auto in {made}: {record.calibration.policy} (" in result.stdout
 
 
@@ -345,7 +361,8 @@ def test_blocks_are_measured_as_the_index_keeps_them(corpus, models, data, untim
     assert {each["policy"] for each in found["measured"]} == {"full", "block", "link-4", "link-16"}
 
 
-def test_mistakes_are_told_before_any_work(made, data, tmp_path, tiny_model_path):
+def test_mistakes_are_told_before_any_work(made, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(BlockCache, "__init__", None)
     assert "give questions with --data" in error_of("calibrate", tmp_path)
     assert "--model" in error_of("calibrate", tmp_path, "--data", data)
     assert "leave out --preamble and --dtype" in error_of(
@@ -353,7 +370,13 @@ def test_mistakes_are_told_before_any_work(made, data, tmp_path, tiny_model_path
     )
     assert "'linked-4' is unknown" in error_of("calibrate", made, "--policies", "linked-4")
     assert "chooses what 'auto' stands for" in error_of("calibrate", made, "--policies", "block,auto")
+    assert "no such file" in error_of("calibrate", made, "--data", tmp_path / "gone.jsonl")
+    few = qa_data.write(tmp_path / "few.jsonl", qa_data.rows())
+    assert "5 questions cannot show" in error_of("calibrate", made, "--data", few)
+    for wrong in (("--max-loss", 2), ("--max-loss", "nan"), ("--limit", FEWEST - 1)):
+        run("calibrate", made, "--data", data, *wrong, exit_code=2)
     assert "no directory" in error_of("guard", tmp_path / "gone")
+    assert not (made / "calibration").exists()
     assert not (made / FILE_NAME).exists()
 
 

@@ -56,7 +56,7 @@ def calibrate(
         str | None,
         typer.Option(help=f"Policies to choose among, besides full. {','.join(LADDER[:-1])} if left out."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=2, help="Questions to ask, of each file.")] = 40,
+    limit: Annotated[int, typer.Option(min=6, help="Questions to ask, of each file.")] = 40,
     num_passages: Annotated[
         int, typer.Option("--passages", "-k", min=1, help="Passages to a question that the model asks.")
     ] = 5,
@@ -93,10 +93,14 @@ def calibrate(
     """
     from rag_blockcache.evaluation.answer_evaluation import EvaluationOptions, evaluate
     from rag_blockcache.evaluation.answer_page import write_report
-    from rag_blockcache.evaluation.calibration import choose_cheapest, measured_policies
+    from rag_blockcache.evaluation.bootstrap import FEWEST
+    from rag_blockcache.evaluation.calibration import check_number, choose_cheapest, measured_policies
     from rag_blockcache.evaluation.command import typed_command
+    from rag_blockcache.evaluation.public_sets import load_benchmark
 
     names = _names(policies)
+    if data:  # a mistake shows now, not after the model was loaded
+        check_number(sum(len(load_benchmark(name, FEWEST)) for name in data))
     asked = {
         "adapter": adapter,
         "passage_format": passage_format,
@@ -112,7 +116,8 @@ def calibrate(
             if policies is None:  # one that was named and cannot be used is an error
                 names = [name for name in names if auto.can_use(parse_policy(name) or FULL)]
             folder = report or directory / _FOLDER / _key(auto.record, max_new_tokens, cache)
-            (directory / _FOLDER).mkdir(mode=0o700, exist_ok=True)  # passages are in it
+            if report is None:
+                (directory / _FOLDER).mkdir(mode=0o700, exist_ok=True)  # passages are in it
             if not data:
                 assert retriever is not None, "an index has one"
                 data = [_write_questions(folder, cache, retriever, limit, num_passages, bar)]
@@ -235,6 +240,7 @@ def _write_questions(
     num_passages: int,
     bar: ProgressBar,
 ) -> str:
+    from rag_blockcache.evaluation.calibration import check_number
     from rag_blockcache.evaluation.question_writing import write_questions
 
     start = time.perf_counter()
@@ -244,6 +250,7 @@ def _write_questions(
 
     path = folder / "questions.jsonl"
     number = write_questions(path, cache, retriever, number=limit, num_passages=num_passages, progress=show)
+    check_number(number)
     if number < limit:
         print_note(f"the index had passages for {format_count(number, 'question')}, {limit:,} were wanted")
     return str(path)

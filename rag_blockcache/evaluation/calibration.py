@@ -9,6 +9,7 @@ from typing import Any
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation.answer_summary import AVERAGE, AnswerReport
 from rag_blockcache.evaluation.arms import NO_PASSAGES
+from rag_blockcache.evaluation.bootstrap import FEWEST
 from rag_blockcache.policy_record import Calibration
 
 
@@ -71,6 +72,15 @@ def _measured(row: Mapping[str, Any], is_timed: bool) -> MeasuredPolicy:
     )
 
 
+def check_number(num_questions: int) -> None:
+    """Raise if there are too few questions for an interval that means anything."""
+    if num_questions < FEWEST:
+        raise InvalidInputError(
+            f"{num_questions} questions cannot show what a policy loses; give {FEWEST} at least, and better "
+            "some dozens"
+        )
+
+
 def choose_cheapest(
     measured: Sequence[MeasuredPolicy], *, max_loss: float, num_questions: int
 ) -> Calibration:
@@ -83,7 +93,11 @@ def choose_cheapest(
         measured: The cheapest first, full attention among them.
         max_loss: What may be lost.
         num_questions: How many questions all of them were measured on.
+
+    Raises:
+        InvalidInputError: If these are too few.
     """
+    check_number(num_questions)
     within = [each for each in measured if each.loss_at_most <= max_loss]
     chosen = within[0]
     dearer: list[MeasuredPolicy] = [chosen]
