@@ -196,7 +196,7 @@ def test_another_model_in_the_same_directory_is_an_error(options, tmp_path):
     evaluate(options(report=str(tmp_path), timed=0, limit=1))
     with pytest.raises(InvalidInputError, match="max_new_tokens 8"):
         evaluate(options(report=str(tmp_path), timed=0, limit=1, max_new_tokens=9))
-    with pytest.raises(InvalidInputError, match="model '"):
+    with pytest.raises(InvalidInputError, match="made with another model, adapter or dtype; use"):
         evaluate(options(report=str(tmp_path), timed=0, limit=1, dtype="bfloat16"))
 
 

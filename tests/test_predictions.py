@@ -88,9 +88,16 @@ def test_other_settings_are_an_error_that_names_them(tmp_path):
     PredictionLog(tmp_path, SETTINGS)
     with pytest.raises(InvalidInputError, match=r"max_new_tokens 8 \(now 9\)"):
         PredictionLog(tmp_path, {**SETTINGS, "max_new_tokens": 9})
-    with pytest.raises(InvalidInputError, match="preamble None"):
+    with pytest.raises(InvalidInputError, match="another preamble"):
         PredictionLog(tmp_path, {**SETTINGS, "preamble": "x"})
     PredictionLog(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
+def test_damaged_settings_are_an_error_that_names_the_file(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(StoreError, match=r"run\.json is damaged"):
+        PredictionLog(tmp_path, SETTINGS)
 
 
 def test_without_a_directory_predictions_are_kept_in_memory():

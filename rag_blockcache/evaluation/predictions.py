@@ -13,6 +13,7 @@ from typing import Any
 from rag_blockcache.errors import InvalidInputError, StoreError
 
 _VERSION = 1  # of the lines
+_HASHED = {"model": "another model, adapter or dtype", "preamble": "another preamble"}  # settings, for people
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,16 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(path)
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        known = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error}); use another directory, or delete this one") from error
     changed = [name for name in sorted({*known, *settings}) if known.get(name) != settings.get(name)]
     if changed:
-        was = ", ".join(f"{name} {known.get(name)!r} (now {settings.get(name)!r})" for name in changed)
+        was = ", ".join(
+            _HASHED.get(name) or f"{name} {known.get(name)!r} (now {settings.get(name)!r})"
+            for name in changed
+        )
         raise InvalidInputError(
             f"{path.parent} holds predictions made with {was}; use another directory, or the same settings"
         )
