@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -27,6 +28,12 @@ from rag_blockcache.integrations.langchain import observer
 
 pytest_plugins = ["langchain_fixtures"]
 QUESTION = "When was the lighthouse built?"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_retrieved_before(monkeypatch):
+    """What other tests retrieved in this thread, outside of any chain, is not there."""
+    monkeypatch.setattr(observer, "_last_found", WeakKeyDictionary())
 
 
 def test_documents_of_a_call_are_shown_and_reused(chat):
