@@ -83,13 +83,16 @@ class BlockSource:
         missing = {b.block_id: b for b in plan.blocks.values() if b.block_id not in plan.found}
         preamble = plan.segments[0].token_ids
         encoded: dict[str, BlockStates] = {}
+        admission: Admission = "off" if plan.is_replay else self.admission
         first = plan.blocks.get(0)
         if first is not None and missing.pop(first.block_id, None) is not None:
-            encoded[first.block_id] = self._preamble(preamble, plan.regime, is_shared=plan.shares_preamble)
+            encoded[first.block_id] = self._preamble(
+                preamble, plan.regime, admission, is_shared=plan.shares_preamble
+            )
         for batch, seconds in self.encode(list(missing.values()), preamble, plan.regime):
             encoded |= batch
-            self._admit(batch, seconds, self.admission)
-        if self.admission != "off":
+            self._admit(batch, seconds, admission)
+        if admission != "off":
             plan.num_stored = sum(states.num_tokens for states in encoded.values())
         plan.encode_seconds = time.perf_counter() - start
         return encoded
@@ -107,7 +110,7 @@ class BlockSource:
         """Yield the states of blocks a batch at a time, with the seconds that each batch took."""
         before = None
         if self.condition_on_preamble and preamble and blocks:
-            before = self._preamble(preamble, regime).unpack()
+            before = self._preamble(preamble, regime, self.admission).unpack()
         start = time.perf_counter()
         token_ids = [block.token_ids for block in blocks]
         for batch in encode_blocks(self.model, token_ids, conditioned_on=before, regime=regime):
@@ -115,7 +118,9 @@ class BlockSource:
             yield states, time.perf_counter() - start
             start = time.perf_counter()
 
-    def _preamble(self, preamble: Sequence[int], regime: str, *, is_shared: bool = True) -> BlockStates:
+    def _preamble(
+        self, preamble: Sequence[int], regime: str, admission: Admission, *, is_shared: bool = True
+    ) -> BlockStates:
         """Return the states of a preamble; one that few prompts share is not stored at its first use."""
         name = self.block(preamble, regime=regime).block_id
         states = self.store.get(name)
@@ -123,7 +128,8 @@ class BlockSource:
             start = time.perf_counter()
             [[(_, encoded)]] = encode_blocks(self.model, [preamble], regime=regime)
             states = self.codec.pack(encoded)
-            admission = "frequency" if self.admission == "always" and not is_shared else self.admission
+            if admission == "always" and not is_shared:
+                admission = "frequency"
             self._admit({name: states}, time.perf_counter() - start, admission)
         return states
 

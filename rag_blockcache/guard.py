@@ -235,6 +235,7 @@ def _as_planned(plan: Plan) -> Plan:
         blocks=plan.blocks,
         shares_preamble=plan.shares_preamble,
         num_continuation=plan.num_continuation,
+        is_replay=True,  # what was forgotten since stays forgotten
     )
 
 

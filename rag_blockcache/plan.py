@@ -35,6 +35,7 @@ class Plan:
     # Positions that are computed again because of a look at this request; see ``repair``.
     chosen: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     shares_preamble: bool = True  # with most other prompts, so that it is worth a place on disk at once
+    is_replay: bool = False  # of an answer that was given: what it needs is not stored again
     num_kept: int = 0  # slots, from the first on, that the context of an earlier answer holds
     num_stored: int = 0  # tokens of blocks that were encoded for this request, and are kept
     num_continuation: int = 0  # tokens behind the prompt, at the end of the last segment

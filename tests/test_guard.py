@@ -671,3 +671,23 @@ def test_on_a_real_model_more_repair_is_closer_to_full_attention(smollm2_path):
         block, link = cache.guard.watched
     assert 0 < link.divergence < block.divergence < 3
     assert link.agreement > 0.5
+
+
+def test_what_is_forgotten_while_it_waits_stays_forgotten(guarded, monkeypatch):
+    cache = guarded()
+    waiting, may_go_on = threading.Event(), threading.Event()
+    give_way = cache._guard._comparison._give_way
+
+    def wait():
+        waiting.set()
+        may_go_on.wait(20)
+        give_way()
+
+    monkeypatch.setattr(cache._guard._comparison, "_give_way", wait)
+    cache.answer(ASKED, policy="block", **GREEDY)
+    assert waiting.wait(20)
+    cache.forget([MILL])
+    may_go_on.set()
+    assert settled(cache, 1).num_compared == 1
+    assert cache.block(MILL).block_id not in cache.store
+    assert cache.block(FERRY).block_id in cache.store
