@@ -8,6 +8,7 @@ nor computed again.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class KeptContexts:
             raise InvalidInputError(f"context_budget_bytes is {budget_bytes}; use 0 to keep no contexts")
         self._model, self._budget_bytes = model, budget_bytes
         self._kept: list[_Kept] = []  # the latest last
+        self._cleared = float("-inf")  # when, by the clock of ``Plan.start``
         self._lock = threading.Lock()
 
     def take(self, plan: Plan, room: int) -> Context | None:
@@ -101,14 +103,17 @@ class KeptContexts:
         origins = np.zeros(num_slots, dtype=np.int64)
         origins[: plan.num_tokens] = plan.origins()[:num_slots]
         with self._lock:
+            if plan.start <= self._cleared:  # it may hold what was forgotten meanwhile
+                return
             self._kept.append(_Kept(context, token_ids, origins))
             while sum(each.context.num_bytes for each in self._kept) > self._budget_bytes:
                 self._kept.pop(0)
 
     def clear(self) -> None:
-        """Let go of all of them."""
+        """Let go of all of them, and of those of requests that are under way."""
         with self._lock:
             self._kept.clear()
+            self._cleared = time.perf_counter()
 
     def _is_lasting(self, plan: Plan, num_slots: int) -> bool:
         """Return whether keys and values are the same in a longer prompt, and for another question."""

@@ -166,6 +166,14 @@ def test_what_is_forgotten_is_in_no_context_any_more(cache):
     assert cache.generate("When?", PASSAGES, policy="block", **GREEDY).num_kept_tokens == 0
 
 
+def test_what_is_forgotten_while_an_answer_is_given_is_not_kept(cache):
+    stream = cache.stream("When?", PASSAGES, policy="block", **GREEDY)
+    next(stream)
+    cache.forget(PASSAGES[:1])
+    list(stream)
+    assert cache._kept._kept == []
+
+
 def test_beams_batches_and_scores_leave_no_context(cache):
     cache.generate("When?", PASSAGES, policy="block", num_beams=2, **GREEDY)
     cache.generate_batch([("When?", PASSAGES), ("Who?", PASSAGES)], policy="block", **GREEDY)
