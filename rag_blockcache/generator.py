@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rag_blockcache.assembler import Context
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.generation_options import FIXED, setting, stop_strings
+from rag_blockcache.gpu import run_pass
 from rag_blockcache.model import Model
 from rag_blockcache.monitor import Monitor, StopStrings
 
@@ -54,6 +55,10 @@ def prefill(model: Model, context: Context, rows: Sequence[Computed], *, num_log
         Logits ``(batch, num_logits, vocab_size)``, in the model's dtype.
     """
     end = context.length
+    if len(rows) == 1 and context.starts[0] == 0:
+        logits = run_pass(model, context, rows[0].token_ids, rows[0].positions, num_logits)
+        if logits is not None:
+            return logits
     if len(rows) == 1 and rows[0].is_tail and context.starts[0] == 0:
         # A run at the end needs no mask of ours: whatever attention the model uses is exact.
         context.begin(slice(end - len(rows[0].positions), end), end)
@@ -226,6 +231,10 @@ class _Decoder(GenerationMixin):
             context.length = 0  # from here on the model turns all keys by other angles: compute them again
         start, context.length = context.length, end
         context.begin(slice(start, end), end)
+        if len(input_ids) == 1 and context.starts[0] == 0:
+            logits = run_pass(model, context, input_ids[0, start:], torch.arange(start, end), num_new)
+            if logits is not None:
+                return logits
         slots = torch.arange(start, end, device=input_ids.device)
         positions = slots - torch.tensor(context.starts, device=input_ids.device)[:, None]
         token_ids, positions = input_ids[:, start:], positions.clamp(min=0)

@@ -46,6 +46,8 @@ class Model:
             configuration, dtype, tokenizer, format version.
         lock: Held around every forward pass.
         buffers: Memory for contexts, used again from one to the next.
+        takes_any_attention: Whether its layers call attention by the name in its configuration.
+        cuda_graphs: Whether short passes may run as CUDA graphs where they can; see ``gpu.passes``.
 
     Raises:
         UnsupportedModelError: If the model cannot be served exactly; the message says why.
@@ -64,11 +66,12 @@ class Model:
         self.config = network.config.get_text_config(decoder=True)
         self.lock = threading.RLock()
         self.buffers = Buffers()
+        self.cuda_graphs = True
         weight = cast(Tensor, network.get_input_embeddings().weight)
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
         # Others look for the names that they know, and would not call ours.
-        self._takes_any_attention = bool(getattr(network, "_supports_attention_backend", False))
+        self.takes_any_attention = bool(getattr(network, "_supports_attention_backend", False))
         grouped_attention.register()
         with self.inference():
             self.layers = find_layers(network)
@@ -156,7 +159,7 @@ class Model:
             attention = self.config._attn_implementation
             for module in training:
                 module.training = False
-            if attention == "sdpa" and self.device.type == "cpu" and self._takes_any_attention:
+            if attention == "sdpa" and self.device.type == "cpu" and self.takes_any_attention:
                 self.config._attn_implementation = grouped_attention.NAME
             try:
                 yield
@@ -168,7 +171,7 @@ class Model:
     @property
     def can_be_observed(self) -> bool:
         """Whether ``observing`` works: attention is called by name, and not of a kind of its own."""
-        return self._takes_any_attention and self.config._attn_implementation != "eager"
+        return self.takes_any_attention and self.config._attn_implementation != "eager"
 
     @contextlib.contextmanager
     def observing(self, observer: grouped_attention.Observer) -> Iterator[None]:
@@ -188,12 +191,10 @@ class Model:
 
         Flash kernels accept no mask of one row per computed slot; SDPA does.
         """
-        used = self.config._attn_implementation
-        if used in ("sdpa", "eager", grouped_attention.NAME):
-            yield
-            return
-        with self.lock:
-            self.config._attn_implementation = "sdpa"
+        with self.lock:  # another thread's pass may use another attention at this moment
+            used = self.config._attn_implementation
+            is_dense = used in ("sdpa", "eager", grouped_attention.NAME)
+            self.config._attn_implementation = used if is_dense else "sdpa"
             try:
                 yield
             finally:
