@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rag_blockcache.gpu import Moved, place_blocks
 from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.layers import Layer
 from rag_blockcache.model import Model
@@ -110,8 +111,9 @@ class Context(Cache):
             if known not in angles:
                 with self._lock:  # some rotary modules change with the length that they are shown
                     angles[known] = _angles(run.layer, reach, total_length)
-            for placed in placements:
-                _place(run, row, self.starts[row], placed, angles[known])
+            if not _place_at_once(run, row, self.starts[row], placements, angles[known]):
+                for placed in placements:
+                    _place(run, row, self.starts[row], placed, angles[known])
 
     @property
     def num_bytes(self) -> int:
@@ -262,6 +264,31 @@ def _angles(layer: Layer, reach: int, total_length: int) -> Angles | None:
     if layer.rotary is None:
         return None
     return layer.rotary.angles(torch.arange(reach, device=layer.device), total_length=total_length)
+
+
+def _place_at_once(
+    run: _Run, row: int, start: int, placements: Sequence[Placement], angles: Angles | None
+) -> bool:
+    """Place all blocks together, where that is possible; see ``gpu.place_blocks``."""
+    if not run.keys.is_cuda:
+        return False
+    rotary, layers = run.layer.rotary, slice(run.start, run.stop)
+    is_all = run.stop - run.start == placements[0].states.shape[0]
+    moved = [
+        Moved(
+            placed.states if is_all else placed.states.mapped(lambda tensor: tensor[layers]),
+            start + placed.offset,
+            placed.offset,
+        )
+        for placed in placements
+    ]
+    return place_blocks(
+        moved,
+        run.keys[:, row],
+        run.values[:, row],
+        angles,
+        interleaved=rotary is not None and rotary.interleaved,
+    )
 
 
 def _place(run: _Run, row: int, start: int, placed: Placement, angles: Angles | None) -> None:

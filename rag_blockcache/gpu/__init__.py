@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rag_blockcache.kv_states import BlockStates, KVStates
 from rag_blockcache.model import Model
+from rag_blockcache.rotary import Angles
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class LayeredStates(Protocol):
@@ -23,14 +32,19 @@ class LayeredStates(Protocol):
         """Return keys and values of one layer, each ``(1, num_kv_heads, num_slots, head_dim)``."""
 
 
-@functools.cache
-def has_kernels() -> bool:
-    """Return whether our kernels can run: torch finds a CUDA device, and Triton is installed with it."""
-    return (
-        torch.version.hip is None
-        and torch.cuda.is_available()
-        and importlib.util.find_spec("triton") is not None
-    )
+@dataclass(frozen=True)
+class Moved:
+    """A block, and where it goes.
+
+    Attributes:
+        states: Of the layers that are filled.
+        slot: Of its first token, in the context.
+        position: Of its first token, in the prompt.
+    """
+
+    states: BlockStates
+    slot: int
+    position: int
 
 
 def run_pass(
@@ -53,3 +67,55 @@ def run_pass(
     from rag_blockcache.gpu.passes import passes_of  # Triton is imported where it is used
 
     return passes_of(model).run(model, context, token_ids, positions, num_logits)
+
+
+def place_blocks(
+    moved: Sequence[Moved], keys: Tensor, values: Tensor, angles: Angles | None, *, interleaved: bool
+) -> bool:
+    """Write blocks into one row of a context, keys turned to their positions.
+
+    Args:
+        moved: The blocks, anywhere.
+        keys: Where keys go, ``(num_layers, num_kv_heads, num_slots, head_dim)``; slots of a head stand one
+            behind the other.
+        values: Where values go; same shape and strides.
+        angles: Of all positions from 0 on; None leaves keys as they are.
+        interleaved: See ``rotary.pairs``.
+
+    Returns:
+        Whether it was done; otherwise nothing was.
+    """
+    if not keys.is_cuda or keys.dtype not in DTYPES or not has_kernels():
+        return False
+    from rag_blockcache.gpu.placing import can_place, place
+
+    if not can_place(moved, keys.dtype):
+        return False
+    place(moved, keys, values, angles, interleaved=interleaved)
+    return True
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Return whether our kernels can run: there is a CUDA device, and Triton can compile for it."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        _try()
+    except Exception as error:  # of Triton, of the compiler that it calls, of the driver
+        logger.warning("the kernels of rag_blockcache do not run here, slower ways are taken: %s", error)
+        return False
+    return True
+
+
+def _try() -> None:
+    """Place one token, and see that it came."""
+    from rag_blockcache.gpu.placing import place
+
+    ones = torch.ones((1, 1, 1, 16), device="cuda")
+    keys, values = torch.zeros_like(ones), torch.zeros_like(ones)
+    place([Moved(KVStates(ones, ones), 0, 0)], keys, values, None, interleaved=False)
+    if not torch.equal(keys, ones):
+        raise RuntimeError("a kernel that was compiled did not write what it should")

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rag_blockcache import attention as grouped_attention
-from rag_blockcache.gpu import LayeredStates
+from rag_blockcache.gpu import DTYPES, LayeredStates
 from rag_blockcache.gpu.attention import Slots, attend, write_states
 from rag_blockcache.gpu.network_state import NetworkState
 from rag_blockcache.model import Model
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "rag_blockcache_slots"
 BUCKETS = (1, 16, 32, 64, 128, 256)  # tokens of a graph; a pass is filled up to the next of them
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SEEN_ONCE = 1  # a shape is captured when it comes again
 _PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"}
 
@@ -275,7 +274,7 @@ def _fits(model: Model) -> bool:
     """Return whether our attention is that of all layers of a model, and one device holds them."""
     return (
         model.takes_any_attention
-        and model.dtype in _DTYPES
+        and model.dtype in DTYPES
         and model.head_dim % 16 == 0
         and model.head_dim <= 256
         and model.regime(sys.maxsize) == ""

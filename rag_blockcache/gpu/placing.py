@@ -1,0 +1,124 @@
+"""Stored blocks into a context on a GPU: loaded, dequantized, turned and written in one launch.
+
+With a launch for each block, and several for each step, launching would take longer than the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rag_blockcache.gpu import Moved
+from rag_blockcache.gpu.placing_kernels import EXACT, HEADER, INT4, INT8, place_kernel
+from rag_blockcache.gpu.staging import staging_of
+from rag_blockcache.kv_states import BlockStates, KVStates
+from rag_blockcache.quantization import Int4States, Int8States
+from rag_blockcache.rotary import Angles
+
+_FORMS: dict[type[BlockStates], int] = {KVStates: EXACT, Int8States: INT8, Int4States: INT4}
+_NARROW = {"value_scales", "value_offsets"}  # the rows of all other tensors are ``head_dim`` long
+_TOKENS = 32  # of a program
+
+
+def can_place(moved: Sequence[Moved], dtype: torch.dtype) -> bool:
+    """Return whether the kernel knows how all blocks are kept."""
+    return all(type(each.states) in _FORMS and each.states.dtype == dtype for each in moved)
+
+
+def place(
+    moved: Sequence[Moved], keys: Tensor, values: Tensor, angles: Angles | None, *, interleaved: bool
+) -> None:
+    """Write blocks into one row of a context; see ``gpu.place_blocks``."""
+    for form in _FORMS:
+        first, same = form.names()[0], [each for each in moved if type(each.states) is form]
+        here = [each for each in same if getattr(each.states, first).device == keys.device]
+        if here:
+            _launch(here, keys, values, angles, interleaved)
+        if len(here) < len(same):
+            there = [each for each in same if getattr(each.states, first).device != keys.device]
+            with staging_of(keys.device).brought(there) as groups:
+                for group in groups:
+                    _launch(group, keys, values, angles, interleaved)
+
+
+def _launch(
+    moved: Sequence[Moved], keys: Tensor, values: Tensor, angles: Angles | None, interleaved: bool
+) -> None:
+    """Place blocks of one form that are on the device, all at once."""
+    num_layers, num_kv_heads, _, head_dim = keys.shape
+    form = type(moved[0].states)
+    table = _Table(form.names())
+    rows = np.array([table.row(each) for each in moved], dtype=np.int64)
+    words = torch.from_numpy(rows)
+    if keys.is_cuda:
+        words = words.pin_memory().to(keys.device, non_blocking=True)
+    num_pairs = 0 if angles is None else angles.cos.shape[-1]
+    nothing = torch.empty(0, dtype=torch.float32, device=keys.device)
+    cos, sin = (nothing, nothing) if angles is None else (angles.cos.contiguous(), angles.sin.contiguous())
+    place_kernel[(-(-int(rows[:, 0].max()) // _TOKENS), len(moved), num_layers)](
+        words,
+        keys,
+        values,
+        keys.stride(0),
+        keys.stride(1),
+        cos,
+        sin,
+        row_words=rows.shape[1],
+        form=_FORMS[form],
+        num_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_dim=_power_of_two(head_dim),
+        num_value_groups=_num_value_groups(moved[0].states),
+        num_pairs=num_pairs,
+        block_pairs=_power_of_two(max(num_pairs, 1)),
+        is_interleaved=interleaved,
+        is_aligned=head_dim % 16 == 0 and table.is_aligned(rows),
+        block_tokens=_TOKENS,
+        num_warps=4,
+    )
+
+
+class _Table:
+    """Describes blocks as ``placing_kernels`` reads them; hundreds of them, while the GPU waits.
+
+    Args:
+        names: Of the tensors of their form.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._groups = names.index("key_scales") if "key_scales" in names else None
+        self._copies: list[Tensor] = []  # to be read by a launch that is still to come
+
+    def row(self, moved: Moved) -> list[int]:
+        """Describe one block."""
+        tensors = [getattr(moved.states, name) for name in self._names]
+        num_groups = 0 if self._groups is None else tensors[self._groups].shape[2]
+        row = [tensors[-1].shape[2], moved.slot, moved.position, num_groups]
+        for tensor in tensors:
+            layer_stride, head_stride, *within = tensor.stride()
+            if within != [tensor.shape[3], 1]:  # the kernel expects whole rows, one behind the other
+                tensor = tensor.contiguous()
+                self._copies.append(tensor)
+                layer_stride, head_stride = tensor.stride()[:2]
+            row += (tensor.data_ptr(), layer_stride, head_stride)
+        return row
+
+    def is_aligned(self, rows: NDArray[np.int64]) -> bool:
+        """Return whether the rows of all blocks begin at multiples of 16 bytes, and of 16 elements."""
+        wide = [index for index, name in enumerate(self._names) if name not in _NARROW]
+        columns = [HEADER + 3 * index + offset for index in wide for offset in range(3)]
+        return not (rows[:, columns] & 15).any()
+
+
+def _num_value_groups(states: BlockStates) -> int:
+    scales = states.tensors().get("value_scales")
+    return 1 if scales is None else scales.shape[3]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
