@@ -56,6 +56,7 @@ def prefill(model: Model, context: Context, rows: Sequence[Computed], *, num_log
     """
     end = context.length
     if len(rows) == 1 and context.starts[0] == 0:
+        context.begin(slice(int(rows[0].positions[0]), end), end)
         logits = run_pass(model, context, rows[0].token_ids, rows[0].positions, num_logits)
         if logits is not None:
             return logits

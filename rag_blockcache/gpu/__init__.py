@@ -91,7 +91,8 @@ def place_blocks(
 
     if not can_place(moved, keys.dtype):
         return False
-    place(moved, keys, values, angles, interleaved=interleaved)
+    with torch.cuda.device(keys.device):
+        place(moved, keys, values, angles, interleaved=interleaved)
     return True
 
 

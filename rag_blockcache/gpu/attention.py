@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rag_blockcache.gpu.attention_kernels import attend_kernel, combine_kernel, write_kernel
 
+_LARGE_SHARED_BYTES = 140_000  # of data-center GPUs; others have about 100,000
 _PROCESSORS_ELSEWHERE = 4  # stands in where the kernels are interpreted on a CPU
 
 
@@ -78,7 +79,7 @@ def attend(query: Tensor, at: Slots, layer: int, *, num_kv_heads: int, scaling: 
     _, num_heads, num_queries, head_dim = query.shape
     query = _with_whole_rows(query)
     group = num_heads // num_kv_heads
-    tiles = _tiles(group * num_queries, head_dim, query.dtype)
+    tiles = _tiles(group * num_queries, head_dim, query.dtype, _shared_bytes(query.device))
     num_row_blocks = -(-group * num_queries // tiles.rows)
     num_splits = max(1, 2 * _num_processors(query.device) // (num_row_blocks * num_kv_heads))
     shape = (num_queries, num_heads, num_splits)
@@ -127,7 +128,7 @@ class _Tiles:
     stages: int
 
 
-def _tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> _Tiles:
+def _tiles(num_rows: int, head_dim: int, dtype: torch.dtype, shared_bytes: int) -> _Tiles:
     """Choose tiles that fit the registers and the shared memory of a processor.
 
     Few rows are a matter of reading, and want many programs; many rows one of computing, and want large
@@ -135,12 +136,14 @@ def _tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> _Tiles:
     """
     if dtype == torch.float32:  # no tensor cores: small tiles, or registers spill
         return _Tiles(rows=16, slots=16, warps=4, stages=2)
-    wide = _power_of_two(head_dim) > 128
+    width = _power_of_two(head_dim)
+    is_small = width > 128 or (width == 128 and shared_bytes < _LARGE_SHARED_BYTES)
+    slots, stages = (32, 2) if is_small else (64, 3)
     if num_rows <= 32:
-        return _Tiles(rows=16 if num_rows <= 16 else 32, slots=32 if wide else 64, warps=4, stages=3)
-    if num_rows <= 64 or wide:
-        return _Tiles(rows=64, slots=32 if wide else 64, warps=4, stages=2 if wide else 3)
-    return _Tiles(rows=128, slots=64, warps=8, stages=3)
+        return _Tiles(rows=16 if num_rows <= 16 else 32, slots=slots, warps=4, stages=stages)
+    if num_rows <= 64 or width > 128:
+        return _Tiles(rows=64, slots=slots, warps=4, stages=stages)
+    return _Tiles(rows=128, slots=slots, warps=8, stages=stages)
 
 
 def _with_whole_rows(states: Tensor) -> Tensor:
@@ -149,6 +152,14 @@ def _with_whole_rows(states: Tensor) -> Tensor:
 
 def _power_of_two(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Return how much shared memory one program may have."""
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 @functools.cache

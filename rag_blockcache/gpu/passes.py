@@ -135,7 +135,9 @@ class _Inputs:
     """
 
     def __init__(self, num_tokens: int, num_layers: int, device: torch.device) -> None:
-        width = max(num_tokens, 2)  # parts begin at multiples of 16 bytes: kernels are compiled for that
+        width = (
+            num_tokens + num_tokens % 2
+        )  # parts begin at multiples of 16 bytes: kernels are compiled for that
         parts = [width, width, width, 1 + 2 * num_layers]
         self._host = torch.empty(sum(parts), dtype=torch.long, pin_memory=device.type == "cuda")
         self._device = torch.empty(sum(parts), dtype=torch.long, device=device)

@@ -1,0 +1,479 @@
+"""The kernels and graphs of a GPU do what plain torch and transformers do.
+
+Kernels also run on a CPU, interpreted, where Triton is installed and TRITON_INTERPRET=1 is set.
+"""
+
+import importlib.util
+import os
+import threading
+
+import architectures
+import pytest
+import torch
+from test_equivalence import PASSAGES, SHORT, distance
+from torch import nn
+
+from rag_blockcache import BlockCache, gpu
+from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.generator import Computed, prefill
+from rag_blockcache.gpu.network_state import NetworkState
+from rag_blockcache.gpu.staging import Staging, cut, staged_bytes
+from rag_blockcache.kv_states import KVStates
+from rag_blockcache.model import Model
+from rag_blockcache.quantization import CODECS
+from rag_blockcache.rotary import Angles
+
+# Triton's interpreter makes scalars as NumPy no longer likes to.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
+]
+interpreted = pytest.mark.skipif(
+    not HAS_TRITON or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="kernels are interpreted only where triton is installed and TRITON_INTERPRET=1 is set",
+)
+DEVICES = [pytest.param("cuda", marks=on_gpu), pytest.param("cpu", marks=interpreted)]
+# The interpreter of Triton knows no bfloat16.
+HALF = {"cuda": torch.bfloat16, "cpu": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+# Attention
+
+
+def attention_in_float64(query, keys, values, slots, scaling):
+    """The same attention another way; what stands behind the last slot is not looked at."""
+    end, group = int(slots.max()) + 1, query.shape[1] // keys.shape[0]
+    query, keys, values = (states.double() for states in (query[0], keys[:, :end], values[:, :end]))
+    keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+    seen = torch.arange(end, device=slots.device) <= slots[:, None]
+    weights = (query @ keys.transpose(1, 2) * scaling).masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ values).transpose(0, 1)[None]  # (1, num_queries, num_heads, head_dim)
+
+
+def random_context(num_kv_heads, capacity, length, head_dim, dtype, device):
+    """Keys and values with NaN in every slot that holds no token."""
+    states = torch.full((2, num_kv_heads, capacity, head_dim), float("nan"), dtype=dtype, device=device)
+    states[:, :, :length] = torch.randn(2, num_kv_heads, length, head_dim, dtype=dtype, device=device)
+    return states[0], states[1]
+
+
+def slots_over(keys, values, slots):
+    from rag_blockcache.gpu.attention import Slots
+
+    words = [keys.stride(0), 0, 0, keys.data_ptr(), values.data_ptr()]  # the first layer is somewhere else
+    return Slots(torch.tensor(words, device=keys.device), slots)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize(
+    ("group", "num_queries", "length"),
+    [(3, 1, 1), (4, 1, 203), (4, 5, 64), (1, 17, 300), (4, 50, 1023), (2, 200, 5000), (4, 50, 33000)],
+)
+def test_attention_from_slots_is_that_of_float64(device, half, head_dim, group, num_queries, length):
+    from rag_blockcache.gpu.attention import attend
+
+    if device == "cpu" and num_queries * length > 6000:
+        pytest.skip("takes minutes where kernels are interpreted")
+    dtype = HALF[device] if half else torch.float32
+    keys, values = random_context(2, length + 9, length, head_dim, dtype, device)
+    query = torch.randn(1, num_queries, 2 * group, head_dim, dtype=dtype, device=device).transpose(1, 2)
+    slots = torch.arange(length - num_queries, length, device=device)
+    found = attend(query, slots_over(keys, values, slots), 1, num_kv_heads=2, scaling=0.2)
+    expected = attention_in_float64(query, keys, values, slots, 0.2)
+    assert relative(found, expected) < (8e-3 if half else 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_computed_slots_may_stand_anywhere_and_those_below_zero_are_nobody(device):
+    from rag_blockcache.gpu.attention import attend, write_states
+
+    keys, values = random_context(2, 300, 280, 64, torch.float32, device)
+    slots = torch.tensor([-1, -1, 0, 7, 100, 101, 279], device=device)
+    before = keys.clone()
+    new = torch.randn(2, 1, 7, 2, 64, device=device).transpose(2, 3)  # not contiguous, as layers give them
+    at = slots_over(keys, values, slots)
+    write_states(new[0], new[1], at, 1)
+    assert torch.equal(keys[:, slots[2:]], new[0, 0, :, 2:])
+    assert torch.equal(values[:, slots[2:]], new[1, 0, :, 2:])
+    untouched = [slot for slot in range(280) if slot not in slots.tolist()]
+    assert torch.equal(keys[:, untouched], before[:, untouched])
+    query = torch.randn(1, 6, 7, 64, device=device)
+    found = attend(query, at, 1, num_kv_heads=2, scaling=0.1)
+    assert torch.isfinite(found).all()
+    expected = attention_in_float64(query[:, :, 2:], keys, values, slots[2:], 0.1)
+    assert relative(found[:, 2:], expected) < 1e-5
+
+
+# Placing
+
+
+def random_angles(num_tokens, num_pairs, device):
+    turns = torch.rand(num_tokens, num_pairs, device=device) * 6
+    return Angles(turns.cos() * 1.1, turns.sin() * 1.1) if num_pairs else None  # stretched, as under YaRN
+
+
+def random_block(codec, num_tokens, head_dim, dtype):
+    states = torch.randn(2, 3, 2, num_tokens, head_dim).to(dtype)
+    return CODECS[codec].pack(KVStates(states[0], states[1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+@pytest.mark.parametrize(
+    ("head_dim", "num_pairs", "interleaved"),
+    [(64, 32, False), (128, 64, False), (128, 16, False), (64, 32, True), (96, 12, True), (64, 0, False)],
+)
+def test_placed_blocks_are_those_that_torch_places(device, codec, half, head_dim, num_pairs, interleaved):
+    dtype = HALF[device] if half else torch.float32
+    found = [torch.full((3, 2, 2, 400, head_dim), float("nan"), dtype=dtype, device=device) for _ in range(2)]
+    expected = [states.cpu() for states in found]
+    angles = random_angles(400, num_pairs, device)
+    moved, slot = [], 5
+    for num_tokens, kept in [(1, 1), (50, 50), (130, 70), (33, 33), (128, 128)]:
+        states = random_block(codec, num_tokens, head_dim, dtype).prefix(kept)
+        moved.append(gpu.Moved(states.mapped(lambda each: each.to(device)), slot, slot + 7))
+        turned = None if angles is None else angles.to(torch.device("cpu")).at(slot + 7, slot + 7 + kept)
+        row = [each[:, 1, :, slot : slot + kept] for each in expected]
+        states.place(*row, turned, interleaved=interleaved)
+        slot += kept + 3
+    from rag_blockcache.gpu.placing import place
+
+    place(moved, found[0][:, 1], found[1][:, 1], angles, interleaved=interleaved)
+    for one, other in zip(found, expected, strict=True):
+        tolerance = 1e-2 if half else 1e-5
+        torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_blocks_of_the_host_are_placed_through_a_ring_of_buffers(device, codec, is_pinned, monkeypatch):
+    from rag_blockcache.gpu import placing
+
+    ring = Staging(torch.device("cuda"), stage_bytes=2**20)
+    monkeypatch.setattr(placing, "staging_of", lambda device: ring)
+    blocks = [random_block(codec, 100, 128, torch.bfloat16) for _ in range(60)]
+    angles = random_angles(6000, 64, device)
+    found, expected = (
+        [torch.zeros((3, 2, 6000, 128), dtype=torch.bfloat16, device=device) for _ in range(2)]
+        for _ in range(2)
+    )
+    held = [each.mapped(torch.Tensor.pin_memory) if is_pinned else each for each in blocks]
+    held[7] = held[7].mapped(torch.Tensor.cuda)  # one is there already
+    moved = [gpu.Moved(each, 100 * i, 100 * i) for i, each in enumerate(held)]
+    there = [gpu.Moved(each.mapped(torch.Tensor.cuda), 100 * i, 100 * i) for i, each in enumerate(blocks)]
+    placing.place(there, expected[0], expected[1], angles, interleaved=False)
+    for _ in range(3):
+        placing.place(moved, found[0], found[1], angles, interleaved=False)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        for states in found:
+            states.zero_()
+
+
+def test_blocks_are_cut_into_runs_that_fit_a_buffer():
+    moved = [gpu.Moved(random_block("none", n, 64, torch.float32), 0, 0) for n in (10, 20, 5, 400, 1, 1)]
+    limit = staged_bytes(moved[0]) + staged_bytes(moved[1])
+    groups = list(cut(moved, limit))
+    assert [each for group in groups for each in group] == moved
+    assert [len(group) for group in groups] == [2, 1, 1, 2]
+    assert all(sum(map(staged_bytes, group)) <= limit for group in groups if len(group) > 1)
+
+
+# Passes
+
+
+def model_on(device, dtype, **config):
+    sizes = {"max_position_embeddings": 4096, "hidden_size": 64, "num_attention_heads": 4, **config}
+    with torch.inference_mode(False):
+        network = architectures.build("Llama", {**sizes, "num_key_value_heads": 2, "head_dim": 16})
+        return network.to(device=device, dtype=dtype)
+
+
+@torch.inference_mode()
+def assembled(model, num_tokens, num_computed, *, room=0):
+    """A context whose first slots were placed, and what is to be computed behind them."""
+    num_placed = num_tokens - num_computed
+    shape = (model.num_layers, model.num_kv_heads, num_placed, model.head_dim)
+    states = KVStates(*(torch.randn(shape, device=model.device, dtype=model.dtype) for _ in range(2)))
+    context = Context(model, [num_tokens], room=room)
+    context.place(0, [Placement(states, 0)] if num_placed else [], num_tokens)
+    positions = torch.arange(num_placed, num_tokens)
+    return context, Computed(positions, torch.randint(model.vocab_size, positions.shape))
+
+
+def ordinary(model, context, computed, num_logits=1):
+    model.cuda_graphs = False
+    try:
+        return prefill(model, context, [computed], num_logits=num_logits)
+    finally:
+        model.cuda_graphs = True
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_logits", [1, 3])
+@pytest.mark.parametrize("places", [range(50, 60), [3, 17, 40, *range(50, 60)]], ids=["tail", "anywhere"])
+@torch.inference_mode()
+def test_a_pass_from_slots_gives_the_logits_and_the_states_of_an_ordinary_one(
+    device, num_logits, places, tiny_tokenizer
+):
+    from rag_blockcache.gpu.passes import Passes
+
+    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    context, _ = assembled(model, 60, 10)
+    positions = torch.tensor(list(places))
+    computed = Computed(positions, torch.randint(model.vocab_size, positions.shape))
+    expected = ordinary(model, context, computed, num_logits)
+    states = [[each.clone() for each in context.states_of_layer(i)] for i in range(model.num_layers)]
+    for layer in range(model.num_layers):
+        for each in context.states_of_layer(layer):
+            each[:, :, positions] = float("nan")  # all of them must be written again
+    found = Passes(model).run(model, context, computed.token_ids, positions, num_logits)
+    assert found is not None
+    assert relative(found, expected) < 1e-4
+    for layer in range(model.num_layers):
+        for one, other in zip(context.states_of_layer(layer), states[layer], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_a_pass_is_filled_up_to_the_next_graph():
+    from rag_blockcache.gpu.passes import bucket_of
+
+    assert [bucket_of(n) for n in (1, 2, 16, 17, 50, 64, 256, 257)] == [1, 16, 16, 32, 64, 64, 256, None]
+
+
+def test_a_cpu_goes_the_ordinary_way(tiny_model, tiny_tokenizer):
+    model = Model(tiny_model, tiny_tokenizer)
+    context, computed = assembled(model, 20, 5)
+    assert gpu.run_pass(model, context, computed.token_ids, computed.positions, 1) is None
+    keys, values = context.states_of_layer(0)
+    block = KVStates(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16))
+    assert not gpu.place_blocks([gpu.Moved(block, 0, 0)], keys, values, None, interleaved=False)
+
+
+def graph_sizes(model):
+    from rag_blockcache.gpu.passes import passes_of
+
+    return set(passes_of(model)._graphs)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_one_graph_serves_contexts_of_every_length_in_turn(device, dtype, tiny_tokenizer):
+    model = Model(model_on(device, dtype), tiny_tokenizer)
+    requests = [
+        assembled(model, length, num_computed, room=room)
+        for length, num_computed, room in [
+            (50, 50, 0),
+            (700, 33, 7),
+            (4000, 64, 90),
+            (65, 40, 0),
+            (2049, 50, 1),
+        ]
+    ]
+    expected = [ordinary(model, *request) for request in requests]
+    eager = prefill(model, requests[0][0], [requests[0][1]])  # seen once
+    for _ in range(3):
+        found = [prefill(model, context, [computed]) for context, computed in requests]
+        for one, other in zip(found, expected, strict=True):
+            assert relative(one, other) < (1e-4 if dtype == torch.float32 else 3e-2)
+        assert relative(found[0], eager) < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert graph_sizes(model) == {64}
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@torch.inference_mode()
+def test_logits_of_a_graph_stay_when_it_runs_again(device, tiny_tokenizer):
+    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    (one, first), (other, second) = assembled(model, 100, 20), assembled(model, 300, 20)
+    for _ in range(3):
+        prefill(model, one, [first])
+    kept = prefill(model, one, [first])
+    before = kept.clone()
+    prefill(model, other, [second])
+    assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("name", architectures.ACCEPTED)
+def test_every_architecture_answers_alike_with_graphs_and_without(device, name, tiny_tokenizer):
+    network = architectures.accepted(name).to(device)
+    caches = [
+        BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, cuda_graphs=choice)
+        for choice in (None, False)
+    ]
+    for question in ("Who?", "Where was it printed?", "When?"):
+        found, expected = (
+            cache.generate(question, PASSAGES[:3], policy="block", max_new_tokens=20, do_sample=False)
+            for cache in caches
+        )
+        assert found.token_ids == expected.token_ids
+        logits = [cache.first_logits(question, PASSAGES[:3], policy="block") for cache in caches]
+        assert distance(*logits) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_decoding_runs_as_a_graph(device, tiny_tokenizer):
+    cache = BlockCache(model_on(device, torch.float32), None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    for _ in range(2):
+        cache.generate("Who?", PASSAGES[:3], policy="block", max_new_tokens=8, do_sample=False)
+    assert 1 in graph_sizes(cache.model)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_threads_that_answer_at_once_get_the_answers_they_get_alone(device, tiny_tokenizer):
+    cache = BlockCache(model_on(device, torch.float32), None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    requests = [("Who?", PASSAGES[:3]), ("Where was it printed, and when?", PASSAGES[1:])]
+
+    def answer(index):
+        question, passages = requests[index]
+        return cache.generate(
+            question, passages, policy="block", max_new_tokens=24, do_sample=False
+        ).token_ids
+
+    alone = [answer(0), answer(1)]
+    found = {0: [], 1: []}
+
+    def ask(index):
+        for _ in range(4):
+            found[index].append(answer(index))
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [alone[0]] * 4, 1: [alone[1]] * 4}
+
+
+def change_in_place(network):
+    network.lm_head.weight.data.neg_()
+
+
+def replace_weights(network):
+    network.lm_head.weight = nn.Parameter(-network.lm_head.weight.detach())
+
+
+def replace_data(network):
+    network.lm_head.weight.data = -network.lm_head.weight.data
+
+
+def replace_module(network):
+    linear = nn.Linear(*network.lm_head.weight.shape[::-1], bias=False)
+    linear.weight.data.copy_(-network.lm_head.weight.data)
+    network.lm_head = linear.to(network.device)
+
+
+def add_hook(network):
+    network.lm_head.register_forward_hook(lambda module, inputs, output: -output)
+
+
+CHANGES = [change_in_place, replace_weights, replace_data, replace_module, add_hook]
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.inference_mode()
+def test_a_captured_model_that_changes_gives_the_logits_of_what_it_is_now(device, change, tiny_tokenizer):
+    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    context, computed = assembled(model, 200, 20)
+    before = [prefill(model, context, [computed]) for _ in range(3)][-1]
+    assert graph_sizes(model) == {32}
+    with torch.inference_mode(False), torch.no_grad():
+        change(model.network)
+    for _ in range(4):
+        assert relative(prefill(model, context, [computed]), -before) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@torch.inference_mode()
+def test_a_captured_adapter_that_is_switched_off_is_off(device, tiny_tokenizer):
+    peft = pytest.importorskip("peft")
+    with torch.inference_mode(False):
+        network = model_on(device, torch.float32)
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+        adapted = peft.inject_adapter_in_model(config, network)
+        model = Model(adapted, tiny_tokenizer)
+    context, computed = assembled(model, 200, 20)
+    on = [prefill(model, context, [computed]) for _ in range(3)][-1]
+    layers = [module for module in adapted.modules() if hasattr(module, "merged_adapters")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    off = [prefill(model, context, [computed]) for _ in range(4)]
+    expected = ordinary(model, context, computed)
+    assert relative(expected, on) > 1e-3
+    assert max(relative(each, expected) for each in off) < 1e-4
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_network_is_noticed_unless_it_is_in_place(change):
+    network = architectures.build("Llama", {})
+    state = NetworkState(network)
+    assert state.is_current()
+    change(network)
+    assert state.is_current() == (change is change_in_place)
+    assert NetworkState(network).is_current()
+
+
+def test_an_adapter_that_is_switched_is_noticed():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    network = peft.inject_adapter_in_model(config, architectures.build("Llama", {}))
+    state = NetworkState(network)
+    assert state.is_current()
+    layers = [module for module in network.modules() if hasattr(module, "merged_adapters")]
+    layers[-1].enable_adapters(False)
+    assert not state.is_current()
+    layers[-1].enable_adapters(True)
+    assert state.is_current()
+    layers[0].merge()
+    assert not state.is_current()
+
+
+def test_hooks_are_noticed_and_a_pass_of_transformers_leaves_none(tiny_model):
+    with torch.inference_mode():
+        tiny_model(torch.arange(4)[None])
+    assert not NetworkState(tiny_model).has_hooks
+    network = architectures.build("Llama", {})
+    handle = network.model.layers[0].register_forward_pre_hook(lambda module, inputs: None)
+    assert NetworkState(network).has_hooks
+    handle.remove()
+    assert not NetworkState(network).has_hooks
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_that_asks_for_other_attention_goes_the_ordinary_way_and_says_so(
+    device, tiny_tokenizer, monkeypatch, caplog
+):
+    from rag_blockcache.gpu import passes
+
+    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    context, computed = assembled(model, 60, 10)
+    ways = passes.Passes(model)
+    monkeypatch.setattr(passes, "_PLAIN", {"dropout"})  # so that what every layer asks for is unusual
+    with torch.inference_mode():
+        assert ways.run(model, context, computed.token_ids, computed.positions, 1) is None
+        assert "scaling" in caplog.text
+        assert model.config._attn_implementation == "sdpa"
+        caplog.clear()
+        assert ways.run(model, context, computed.token_ids, computed.positions, 1) is None
+    assert not caplog.text  # once is enough
