@@ -79,6 +79,7 @@ class Context(Cache):
         self.starts = [self.length - length for length in lengths]
         self._cursor = _Cursor()
         self._lock = model.lock
+        self._has_own_kernels = model.cuda_graphs
         self._runs, memory = _allocate(model, len(lengths), self.length + room)
         weakref.finalize(self, model.buffers.give, memory)
         for run in self._runs:
@@ -111,7 +112,9 @@ class Context(Cache):
             if known not in angles:
                 with self._lock:  # some rotary modules change with the length that they are shown
                     angles[known] = _angles(run.layer, reach, total_length)
-            if not _place_at_once(run, row, self.starts[row], placements, angles[known]):
+            if not self._has_own_kernels or not _place_at_once(
+                run, row, self.starts[row], placements, angles[known]
+            ):
                 for placed in placements:
                     _place(run, row, self.starts[row], placed, angles[known])
 

@@ -91,8 +91,8 @@ class BlockCache:
             reuse costs; see ``guard``. 0 runs none, and costs nothing.
         guard_threshold: Most divergence from full attention that is allowed, in nats a token; beyond it
             ``auto`` steps up to the next policy that computes more again.
-        cuda_graphs: Whether short passes run as CUDA graphs, with attention of our own; None where they can,
-            which takes an NVIDIA GPU and Triton, as does True. False leaves every pass to transformers.
+        cuda_graphs: Experimental: run short passes as CUDA graphs, and place and attend with kernels of our
+            own, where there is an NVIDIA GPU with Triton. Off until it has been measured on one.
 
     Raises:
         InvalidInputError: If an option has no such value.
@@ -128,11 +128,11 @@ class BlockCache:
         codec: str = "none",
         guard_rate: float = 0.0,
         guard_threshold: float = THRESHOLD,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         form = codec_named(codec)  # a mistake shows before the model is loaded
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
-        self.model.cuda_graphs = cuda_graphs is not False
+        self.model.cuda_graphs = cuda_graphs
         check_reuse(self.model)
         self.tokenizer = self.model.tokenizer
         self.codec = codec

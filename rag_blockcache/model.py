@@ -47,7 +47,7 @@ class Model:
         lock: Held around every forward pass.
         buffers: Memory for contexts, used again from one to the next.
         takes_any_attention: Whether its layers call attention by the name in its configuration.
-        cuda_graphs: Whether short passes may run as CUDA graphs where they can; see ``gpu.passes``.
+        cuda_graphs: Whether kernels of our own and CUDA graphs may be used on a GPU; see ``gpu``.
 
     Raises:
         UnsupportedModelError: If the model cannot be served exactly; the message says why.
@@ -66,7 +66,7 @@ class Model:
         self.config = network.config.get_text_config(decoder=True)
         self.lock = threading.RLock()
         self.buffers = Buffers()
-        self.cuda_graphs = True
+        self.cuda_graphs = False
         weight = cast(Tensor, network.get_input_embeddings().weight)
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device

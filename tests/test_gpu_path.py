@@ -15,6 +15,7 @@ from torch import nn
 
 from rag_blockcache import BlockCache, gpu
 from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.evaluation.latency import measure_latency
 from rag_blockcache.generator import Computed, prefill
 from rag_blockcache.gpu.network_state import NetworkState
 from rag_blockcache.gpu.staging import Staging, cut, staged_bytes
@@ -218,6 +219,12 @@ def assembled(model, num_tokens, num_computed, *, room=0):
     return context, Computed(positions, torch.randint(model.vocab_size, positions.shape))
 
 
+def with_graphs(network, tokenizer):
+    model = Model(network, tokenizer)
+    model.cuda_graphs = True
+    return model
+
+
 def ordinary(model, context, computed, num_logits=1):
     model.cuda_graphs = False
     try:
@@ -235,7 +242,7 @@ def test_a_pass_from_slots_gives_the_logits_and_the_states_of_an_ordinary_one(
 ):
     from rag_blockcache.gpu.passes import Passes
 
-    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    model = with_graphs(model_on(device, torch.float32), tiny_tokenizer)
     context, _ = assembled(model, 60, 10)
     positions = torch.tensor(list(places))
     computed = Computed(positions, torch.randint(model.vocab_size, positions.shape))
@@ -261,7 +268,7 @@ def test_a_pass_is_filled_up_to_the_next_graph():
 
 
 def test_a_cpu_goes_the_ordinary_way(tiny_model, tiny_tokenizer):
-    model = Model(tiny_model, tiny_tokenizer)
+    model = with_graphs(tiny_model, tiny_tokenizer)
     context, computed = assembled(model, 20, 5)
     assert gpu.run_pass(model, context, computed.token_ids, computed.positions, 1) is None
     keys, values = context.states_of_layer(0)
@@ -279,7 +286,7 @@ def graph_sizes(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_one_graph_serves_contexts_of_every_length_in_turn(device, dtype, tiny_tokenizer):
-    model = Model(model_on(device, dtype), tiny_tokenizer)
+    model = with_graphs(model_on(device, dtype), tiny_tokenizer)
     requests = [
         assembled(model, length, num_computed, room=room)
         for length, num_computed, room in [
@@ -303,7 +310,7 @@ def test_one_graph_serves_contexts_of_every_length_in_turn(device, dtype, tiny_t
 @pytest.mark.parametrize("device", DEVICES[:1])
 @torch.inference_mode()
 def test_logits_of_a_graph_stay_when_it_runs_again(device, tiny_tokenizer):
-    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    model = with_graphs(model_on(device, torch.float32), tiny_tokenizer)
     (one, first), (other, second) = assembled(model, 100, 20), assembled(model, 300, 20)
     for _ in range(3):
         prefill(model, one, [first])
@@ -319,7 +326,7 @@ def test_every_architecture_answers_alike_with_graphs_and_without(device, name, 
     network = architectures.accepted(name).to(device)
     caches = [
         BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, cuda_graphs=choice)
-        for choice in (None, False)
+        for choice in (True, False)
     ]
     for question in ("Who?", "Where was it printed?", "When?"):
         found, expected = (
@@ -333,7 +340,13 @@ def test_every_architecture_answers_alike_with_graphs_and_without(device, name, 
 
 @pytest.mark.parametrize("device", DEVICES[:1])
 def test_decoding_runs_as_a_graph(device, tiny_tokenizer):
-    cache = BlockCache(model_on(device, torch.float32), None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    cache = BlockCache(
+        model_on(device, torch.float32),
+        None,
+        tokenizer=tiny_tokenizer,
+        passage_format=SHORT,
+        cuda_graphs=True,
+    )
     for _ in range(2):
         cache.generate("Who?", PASSAGES[:3], policy="block", max_new_tokens=8, do_sample=False)
     assert 1 in graph_sizes(cache.model)
@@ -341,7 +354,13 @@ def test_decoding_runs_as_a_graph(device, tiny_tokenizer):
 
 @pytest.mark.parametrize("device", DEVICES[:1])
 def test_threads_that_answer_at_once_get_the_answers_they_get_alone(device, tiny_tokenizer):
-    cache = BlockCache(model_on(device, torch.float32), None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    cache = BlockCache(
+        model_on(device, torch.float32),
+        None,
+        tokenizer=tiny_tokenizer,
+        passage_format=SHORT,
+        cuda_graphs=True,
+    )
     requests = [("Who?", PASSAGES[:3]), ("Where was it printed, and when?", PASSAGES[1:])]
 
     def answer(index):
@@ -394,7 +413,7 @@ CHANGES = [change_in_place, replace_weights, replace_data, replace_module, add_h
 @pytest.mark.parametrize("change", CHANGES)
 @torch.inference_mode()
 def test_a_captured_model_that_changes_gives_the_logits_of_what_it_is_now(device, change, tiny_tokenizer):
-    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    model = with_graphs(model_on(device, torch.float32), tiny_tokenizer)
     context, computed = assembled(model, 200, 20)
     before = [prefill(model, context, [computed]) for _ in range(3)][-1]
     assert graph_sizes(model) == {32}
@@ -412,7 +431,7 @@ def test_a_captured_adapter_that_is_switched_off_is_off(device, tiny_tokenizer):
         network = model_on(device, torch.float32)
         config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
         adapted = peft.inject_adapter_in_model(config, network)
-        model = Model(adapted, tiny_tokenizer)
+        model = with_graphs(adapted, tiny_tokenizer)
     context, computed = assembled(model, 200, 20)
     on = [prefill(model, context, [computed]) for _ in range(3)][-1]
     layers = [module for module in adapted.modules() if hasattr(module, "merged_adapters")]
@@ -466,7 +485,7 @@ def test_a_model_that_asks_for_other_attention_goes_the_ordinary_way_and_says_so
 ):
     from rag_blockcache.gpu import passes
 
-    model = Model(model_on(device, torch.float32), tiny_tokenizer)
+    model = with_graphs(model_on(device, torch.float32), tiny_tokenizer)
     context, computed = assembled(model, 60, 10)
     ways = passes.Passes(model)
     monkeypatch.setattr(passes, "_PLAIN", {"dropout"})  # so that what every layer asks for is unusual
@@ -477,3 +496,15 @@ def test_a_model_that_asks_for_other_attention_goes_the_ordinary_way_and_says_so
         caplog.clear()
         assert ways.run(model, context, computed.token_ids, computed.positions, 1) is None
     assert not caplog.text  # once is enough
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_the_latency_bench_shows_the_ways_of_a_gpu_beside_the_others(device, tiny_tokenizer, tmp_path):
+    model = Model(model_on(device, torch.bfloat16), tiny_tokenizer)
+    report = measure_latency(model, lengths=(50, 600), policies=("block",), repeats=2, directory=tmp_path)
+    places = {"without_graphs", "naive", "host_memory", "host_int8", "host_int4", "memory", "disk"}
+    for row in report.to_json()["rows"]:
+        assert {f"{place}_seconds" for place in places} <= set(row)
+        assert 0 < row["memory_floor_seconds"] < row["memory_seconds"]
+        assert 0 < row["bus_floor_seconds"] < row["host_memory_seconds"]
+    assert model.cuda_graphs
