@@ -500,7 +500,7 @@ def test_a_model_that_asks_for_other_attention_goes_the_ordinary_way_and_says_so
 
 @pytest.mark.parametrize("device", DEVICES[:1])
 def test_the_latency_bench_shows_the_ways_of_a_gpu_beside_the_others(device, tiny_tokenizer, tmp_path):
-    model = Model(model_on(device, torch.bfloat16), tiny_tokenizer)
+    model = with_graphs(model_on(device, torch.bfloat16), tiny_tokenizer)
     report = measure_latency(model, lengths=(50, 600), policies=("block",), repeats=2, directory=tmp_path)
     places = {"without_graphs", "naive", "host_memory", "host_int8", "host_int4", "memory", "disk"}
     for row in report.to_json()["rows"]:
@@ -508,3 +508,4 @@ def test_the_latency_bench_shows_the_ways_of_a_gpu_beside_the_others(device, tin
         assert 0 < row["memory_floor_seconds"] < row["memory_seconds"]
         assert 0 < row["bus_floor_seconds"] < row["host_memory_seconds"]
     assert model.cuda_graphs
+    assert any("CUDA graphs" in note and "not" not in note for note in report.notes)

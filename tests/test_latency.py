@@ -10,6 +10,7 @@ from rag_blockcache import BlockCache
 from rag_blockcache.errors import ContextTooLongError, InvalidInputError
 from rag_blockcache.evaluation import page_cache, requests
 from rag_blockcache.evaluation.latency import measure_latency
+from rag_blockcache.evaluation.naive import naive_first_token
 from rag_blockcache.evaluation.places import Places
 from rag_blockcache.evaluation.requests import Floor, full_first_token, make_plan, reused_first_token
 from rag_blockcache.evaluation.stopwatch import Spread, in_turn, ratios
@@ -76,6 +77,35 @@ def test_a_request_is_what_the_library_does_for_the_same_segments(tiny_model, ti
         source = requests.block_source(model, cache.store)
         requests.store_blocks(source, as_block, BLOCK)
         torch.testing.assert_close(reused_first_token(source, as_block, BLOCK).logits, expected)
+
+
+def test_joining_and_turning_the_whole_gives_the_same_logits(model, prompt, places):
+    found = naive_first_token(places.memory, prompt)
+    torch.testing.assert_close(found.logits, block_masked_logits(model, prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_may_be_a_final_block_alone(model, tmp_path):
+    [length] = measure_latency(model, lengths=(20,), final_tokens=20, repeats=1, directory=tmp_path).lengths
+    assert (length.num_passages, length.num_final_tokens) == (0, 20)
+    assert all(each.num_computed == 20 for each in length.reuse)
+
+
+def test_what_runs_without_graphs_leaves_the_choice_as_it_was(model, prompt, places):
+    model.cuda_graphs = True
+    try:
+        found = places.readers()["without_graphs"](BLOCK)
+        assert model.cuda_graphs
+    finally:
+        model.cuda_graphs = False
+    torch.testing.assert_close(found.logits, block_masked_logits(model, prompt), rtol=1e-4, atol=1e-4)
+    assert "without_graphs" not in places.readers()
+
+
+def test_blocks_packed_by_a_codec_are_what_is_read_from_the_host(model, prompt, places, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # as without a GPU it cannot be
+    exact, packed = (places._copy_to_host(BLOCK, codec) for codec in ("none", "int8"))
+    assert 0.2 < packed.size_bytes / exact.size_bytes < 0.5  # of float32
+    assert {each.codec for each in packed.values()} == {"int8"}
 
 
 def test_repair_computes_the_starts_of_passages_again(prompt, places):

@@ -58,6 +58,9 @@ def latency(
         "block,link-16+query-0.08"
     ),
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at each length, after one to warm up.")] = 5,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Experimental: graphs and kernels of our own on a GPU.")
+    ] = False,
     text: TextFile = None,
     directory: Directory = None,
     device: Device = None,
@@ -76,8 +79,10 @@ def latency(
     from rag_blockcache.evaluation.latency import measure_latency
     from rag_blockcache.evaluation.shapes import open_model
 
+    opened = open_model(model, shape, device=device, dtype=dtype)
+    opened.cuda_graphs = cuda_graphs
     report = measure_latency(
-        open_model(model, shape, device=device, dtype=dtype),
+        opened,
         lengths=lengths,
         final_tokens=final_tokens,
         passage_tokens=passage_tokens,

@@ -8,15 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rag_blockcache.evaluation.bandwidth import Bandwidth
 from rag_blockcache.evaluation.environment import Environment
 from rag_blockcache.evaluation.stopwatch import Spread
 
 _HEADINGS = {
     "memory": "reuse from memory",
-    "host_memory": "from host memory",
+    "without_graphs": "from memory, without CUDA graphs",
+    "naive": "from memory, joined and turned whole",
+    "host_memory": "from pinned host memory",
+    "host_int8": "from pinned host memory, int8",
+    "host_int4": "from pinned host memory, int4",
     "disk": "from disk, warm",
     "disk_first": "from disk, first read",
     "disk_cold": "from disk, cold",
+}
+_FLOORS = {
+    "memory_floor_seconds": "floor of memory bandwidth",
+    "bus_floor_seconds": "floor of the bus, from host memory",
 }
 
 
@@ -26,9 +35,10 @@ class ReuseLatency:
 
     Attributes:
         policy: See ``reuse.parse_policy``.
-        place: ``memory``; ``host_memory``, for a model on a GPU; ``disk`` with the files in the page cache,
-            checked before; ``disk_first``, the same read for the first time in a process, checksums included;
-            ``disk_cold``, that with the files thrown out of the page cache.
+        place: ``memory``; for a model on a GPU ``without_graphs`` and ``naive`` from the same memory, and
+            ``host_memory``, ``host_int8`` and ``host_int4`` from pinned memory of the host; ``disk`` with
+            the files in the page cache, checked before; ``disk_first``, the same read for the first time in
+            a process, checksums included; ``disk_cold``, that with the files thrown out of the page cache.
         seconds: Time to first token.
         parts: Median seconds of naming, loading, assembling, and of the pass.
         times_sooner: Than full prefill, in pairs.
@@ -65,6 +75,9 @@ class LengthLatency:
         text_tokens: Length of that prompt; None likewise.
         logit_distance: Largest relative distance between the logits of one policy from different places,
             the floor included: above 0 only by rounding.
+        memory_floor_seconds: On a GPU, the bytes that must be read and written for a first token from its
+            memory, by its measured bandwidth; None elsewhere.
+        bus_floor_seconds: Likewise for keys and values that must come from the host.
         cold_share: Share of the block files left in the page cache when ``disk_cold`` was timed; None if
             it was not.
     """
@@ -81,6 +94,8 @@ class LengthLatency:
     text_tokens: int | None
     logit_distance: float
     cold_share: float | None
+    memory_floor_seconds: float | None = None
+    bus_floor_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,7 @@ class LatencyReport:
         policies: In the order asked for.
         notes: What could not be measured, and why.
         lengths: One entry a length.
+        bandwidth: Of the GPU, in bytes a second; None on a CPU.
     """
 
     environment: Environment
@@ -102,6 +118,7 @@ class LatencyReport:
     policies: tuple[str, ...]
     notes: tuple[str, ...]
     lengths: tuple[LengthLatency, ...]
+    bandwidth: Bandwidth | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values, and as ``rows`` what a table and a plot of it show."""
@@ -112,6 +129,7 @@ class LatencyReport:
             **{f"{place}_seconds": _HEADINGS[place] for place in places},
             **{f"{_key(policy)}_seconds": f"from memory, {policy}" for policy in self.policies[1:]},
             "floor_seconds": "floor",
+            **(_FLOORS if self.bandwidth else {}),
             "times_sooner": "memory: times sooner",
             "times_floor": "memory: times the floor",
             **{f"{_key(policy)}_times_sooner": f"{policy}: times sooner" for policy in self.policies[1:]},
@@ -125,6 +143,7 @@ class LatencyReport:
             "passage_tokens": self.passage_tokens,
             "policies": list(self.policies),
             "notes": list(self.notes),
+            "bandwidth": dataclasses.asdict(self.bandwidth) if self.bandwidth else None,
             "columns": columns,
             "rows": [self._row(length) for length in self.lengths],
             "plot": {"x": "num_tokens", "y": series, "y_label": "time to first token, seconds"},
@@ -140,6 +159,7 @@ class LatencyReport:
             **{f"{place}_seconds": each.seconds.median for place, each in first.items()},
             **{f"{_key(each.policy)}_seconds": each.seconds.median for each in others},
             "floor_seconds": length.floor.median,
+            **({name: getattr(length, name) for name in _FLOORS} if self.bandwidth else {}),
             "times_sooner": first["memory"].times_sooner.median,
             "times_floor": first["memory"].times_floor.median,
             **{f"{_key(each.policy)}_times_sooner": each.times_sooner.median for each in others},

@@ -1,4 +1,7 @@
-"""The places that blocks are reused from: memory, and a disk whose files are cached, checked, or neither."""
+"""The places that blocks are reused from: memory, and a disk whose files are cached, checked, or neither.
+
+On a GPU, also the host's memory, exact and packed, and other ways from the same memory to compare with.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
 from rag_blockcache.evaluation import page_cache
+from rag_blockcache.evaluation.naive import naive_first_token
 from rag_blockcache.evaluation.requests import (
     FirstToken,
     block_source,
@@ -18,9 +20,13 @@ from rag_blockcache.evaluation.requests import (
 )
 from rag_blockcache.evaluation.token_prompts import TokenPrompt
 from rag_blockcache.model import Model
+from rag_blockcache.quantization import CODECS
 from rag_blockcache.reuse import Policy
 from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
 
+# From the same memory with other kernels, so that rounding differs; and from blocks that codecs changed.
+OTHERWISE = ("without_graphs", "naive")
+PACKED = ("host_int8", "host_int4")
 _STILL_CACHED = 0.02  # a disk counts as cold if no more than this share of the files is in the page cache
 
 
@@ -55,7 +61,12 @@ class Places:
         self.memory = block_source(model, TieredStore(MemoryStore(), None))
         self._disk = TieredStore(None, DiskStore(self._folder))  # no memory tier: every look-up opens files
         store_blocks(self.memory, prompt, policy, self._disk)
-        self._host = self._copy_to_host(policy) if model.device.type != "cpu" else None
+        on_host = {"none": "host_memory", "int8": "host_int8", "int4": "host_int4"}
+        self._host = (
+            {place: self._copy_to_host(policy, codec) for codec, place in on_host.items()}
+            if model.device.type == "cuda"
+            else {}
+        )
         self._files = page_cache.block_files(self._folder)
         page_cache.drop(self._files)
         self.can_be_cold = page_cache.cached_share(self._files) <= _STILL_CACHED
@@ -64,9 +75,12 @@ class Places:
     def readers(self) -> dict[str, Reader]:
         """Return how to take the request from each place, by the names in ``ReuseLatency``."""
         found: dict[str, Reader] = {"memory": lambda policy: self._read(self.memory.store, policy)}
-        if self._host is not None:
-            host = self._host
-            found["host_memory"] = lambda policy: self._read(host, policy)
+        if self._model.cuda_graphs:
+            found["without_graphs"] = self._read_without_graphs
+        if self._model.device.type == "cuda":
+            found["naive"] = lambda policy: naive_first_token(self.memory, self._prompt)
+        for place, host in self._host.items():
+            found[place] = lambda policy, host=host: self._read(host, policy)  # type: ignore[misc]
         found["disk"] = lambda policy: self._read(self._disk, policy)
         found["disk_first"] = self._read_first
         if self.can_be_cold:
@@ -92,8 +106,16 @@ class Places:
             self.cold_share = max(share, self.cold_share or 0.0)
             return self._read(TieredStore(None, disk), policy)
 
-    def _copy_to_host(self, policy: Policy) -> TieredStore:
+    def _read_without_graphs(self, policy: Policy) -> FirstToken:
+        used, self._model.cuda_graphs = self._model.cuda_graphs, False
+        try:
+            return self._read(self.memory.store, policy)
+        finally:
+            self._model.cuda_graphs = used
+
+    def _copy_to_host(self, policy: Policy, codec: str) -> TieredStore:
         host = TieredStore(MemoryStore(), None)
         states = self.memory.load(make_plan(self.memory, self._prompt, policy))
-        host.put_many({name: each.mapped(Tensor.cpu) for name, each in states.items()})
+        for name, each in states.items():
+            host.put(name, CODECS[codec].pack(each.unpack()).mapped(lambda part: part.cpu().pin_memory()))
         return host

@@ -62,7 +62,7 @@ def cut_prompt(run: Sequence[int], num_tokens: int, *, final_tokens: int, passag
 
     Args:
         run: At least ``num_tokens`` tokens.
-        num_tokens: Length of the prompt.
+        num_tokens: Length of the prompt; that of the final block gives a prompt without passages.
         final_tokens: Length of the final block.
         passage_tokens: Length of a passage; the last one takes what is left, half to one and a half of it.
 
@@ -70,6 +70,8 @@ def cut_prompt(run: Sequence[int], num_tokens: int, *, final_tokens: int, passag
         InvalidInputError: If the prompt has no room for a passage of half that length.
     """
     room = num_tokens - final_tokens
+    if 0 < num_tokens == final_tokens <= len(run):
+        return TokenPrompt((), tuple(run[len(run) - final_tokens :]))
     if final_tokens < 1 or passage_tokens < 2 or room < passage_tokens // 2 or num_tokens > len(run):
         raise InvalidInputError(
             f"a prompt of {num_tokens} tokens with a final block of {final_tokens} cannot hold a passage of "
