@@ -143,7 +143,7 @@ def random_block(codec, num_tokens, head_dim, dtype):
 def test_placed_blocks_are_those_that_torch_places(device, codec, half, head_dim, num_pairs, interleaved):
     dtype = HALF[device] if half else torch.float32
     found = [torch.full((3, 2, 2, 400, head_dim), float("nan"), dtype=dtype, device=device) for _ in range(2)]
-    expected = [states.cpu() for states in found]
+    expected = [states.cpu().clone() for states in found]
     angles = random_angles(400, num_pairs, device)
     moved, slot = [], 5
     for num_tokens, kept in [(1, 1), (50, 50), (130, 70), (33, 33), (128, 128)]:
@@ -260,6 +260,27 @@ def test_a_pass_from_slots_gives_the_logits_and_the_states_of_an_ordinary_one(
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_what_fills_up_a_pass_changes_nothing(device, tiny_tokenizer):
+    from rag_blockcache.gpu import passes
+
+    model = with_graphs(model_on(device, torch.float32), tiny_tokenizer)
+    context, computed = assembled(model, 60, 10)
+    expected = ordinary(model, context, computed)
+    before = [each.clone() for i in range(model.num_layers) for each in context.states_of_layer(i)]
+    ways = passes.Passes(model)
+    inputs = passes._Inputs(16, model.num_layers, model.device)
+    inputs.fill(context, computed.token_ids, computed.positions)
+    with model.inference(), passes._using_slots(model):
+        found = passes._forward(model, inputs, 1)
+    assert ways._is_usable
+    assert relative(found, expected) < 1e-4
+    after = [each for i in range(model.num_layers) for each in context.states_of_layer(i)]
+    for one, other in zip(after, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_a_pass_is_filled_up_to_the_next_graph():
     from rag_blockcache.gpu.passes import bucket_of
@@ -318,24 +339,6 @@ def test_logits_of_a_graph_stay_when_it_runs_again(device, tiny_tokenizer):
     before = kept.clone()
     prefill(model, other, [second])
     assert torch.equal(kept, before)
-
-
-@pytest.mark.parametrize("device", DEVICES[:1])
-@pytest.mark.parametrize("name", architectures.ACCEPTED)
-def test_every_architecture_answers_alike_with_graphs_and_without(device, name, tiny_tokenizer):
-    network = architectures.accepted(name).to(device)
-    caches = [
-        BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, cuda_graphs=choice)
-        for choice in (True, False)
-    ]
-    for question in ("Who?", "Where was it printed?", "When?"):
-        found, expected = (
-            cache.generate(question, PASSAGES[:3], policy="block", max_new_tokens=20, do_sample=False)
-            for cache in caches
-        )
-        assert found.token_ids == expected.token_ids
-        logits = [cache.first_logits(question, PASSAGES[:3], policy="block") for cache in caches]
-        assert distance(*logits) < 1e-4
 
 
 @pytest.mark.parametrize("device", DEVICES[:1])
@@ -509,3 +512,21 @@ def test_the_latency_bench_shows_the_ways_of_a_gpu_beside_the_others(device, tin
         assert 0 < row["bus_floor_seconds"] < row["host_memory_seconds"]
     assert model.cuda_graphs
     assert any("CUDA graphs" in note and "not" not in note for note in report.notes)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("name", architectures.ACCEPTED)
+def test_every_architecture_answers_alike_with_graphs_and_without(device, name, tiny_tokenizer):
+    network = architectures.accepted(name).to(device)
+    caches = [
+        BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, cuda_graphs=choice)
+        for choice in (True, False)
+    ]
+    for question in ("Who?", "Where was it printed?", "When?"):
+        found, expected = (
+            cache.generate(question, PASSAGES[:3], policy="block", max_new_tokens=20, do_sample=False)
+            for cache in caches
+        )
+        assert found.token_ids == expected.token_ids
+        logits = [cache.first_logits(question, PASSAGES[:3], policy="block") for cache in caches]
+        assert distance(*logits) < 1e-4
