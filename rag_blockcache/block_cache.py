@@ -92,7 +92,7 @@ class BlockCache:
         guard_threshold: Most divergence from full attention that is allowed, in nats a token; beyond it
             ``auto`` steps up to the next policy that computes more again.
         cuda_graphs: Experimental: run short passes as CUDA graphs, and place and attend with kernels of our
-            own, where there is an NVIDIA GPU with Triton. Off until it has been measured on one.
+            own, where there is an NVIDIA GPU with Triton. Answers differ by rounding.
 
     Raises:
         InvalidInputError: If an option has no such value.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Plan:
     @property
     def token_ids(self) -> list[int]:
         """Tokens of the whole prompt."""
-        return [token for segment in self.segments for token in segment.token_ids]
+        return list(chain.from_iterable(segment.token_ids for segment in self.segments))
 
     @property
     def num_tokens(self) -> int:
@@ -94,11 +95,9 @@ class Plan:
 
     def is_filled(self) -> Tensor:
         """Return for each slot whether a block fills it, ``(num_tokens,)``."""
-        filled = torch.zeros(self.num_tokens, dtype=torch.bool)
-        for index, span in self.spans():
-            if index in self.blocks and not self.policy.is_full:
-                filled[span.start : span.stop] = True
-        return filled
+        can_place = not self.policy.is_full
+        filled = np.array([can_place and index in self.blocks for index in range(len(self.segments))], bool)
+        return torch.from_numpy(filled.repeat([len(segment.token_ids) for segment in self.segments]))
 
     def is_computed(self) -> Tensor:
         """Return for each slot whether the pass computes it, ``(num_tokens,)``."""
@@ -141,7 +140,9 @@ class Plan:
 
     def _at(self, chosen: Tensor) -> Computed:
         positions = chosen.nonzero()[:, 0]
-        return Computed(positions, torch.tensor(self.token_ids)[positions])
+        token_ids = self.token_ids  # a tensor of them all would take longer to make than the few are worth
+        chosen_ids = [token_ids[position] for position in positions.tolist()]
+        return Computed(positions, torch.tensor(chosen_ids, dtype=torch.long))
 
     @property
     def num_placed(self) -> int:

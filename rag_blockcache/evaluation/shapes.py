@@ -116,7 +116,7 @@ def random_model(
         network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     backend = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")  # type: ignore[no-untyped-call]
-    return Model(network, tokenizer)
+    return Model(network.eval(), tokenizer)
 
 
 def open_model(

@@ -141,7 +141,7 @@ def _tiles(num_rows: int, head_dim: int, dtype: torch.dtype, shared_bytes: int) 
     slots, stages = (32, 2) if is_small else (64, 3)
     if num_rows <= 32:
         return _Tiles(rows=16 if num_rows <= 16 else 32, slots=slots, warps=4, stages=stages)
-    if num_rows <= 64 or width > 128:
+    if num_rows <= 256 or width > 128:  # larger tiles were slower there on an H200, at every length
         return _Tiles(rows=64, slots=slots, warps=4, stages=stages)
     return _Tiles(rows=128, slots=slots, warps=8, stages=stages)
 

@@ -19,6 +19,7 @@ from rag_blockcache.store.stats import StoreStats
 @dataclass
 class _Entry:
     states: BlockStates
+    num_bytes: int
     cost_seconds: float
     num_uses: int
     priority: float
@@ -75,7 +76,7 @@ class MemoryStore(BlockStore):
 
     def __delitem__(self, block_id: str) -> None:
         with self._lock:
-            self._size_bytes -= self._entries.pop(block_id).states.num_bytes
+            self._size_bytes -= self._entries.pop(block_id).num_bytes
 
     def __contains__(self, block_id: object) -> bool:
         return block_id in self._entries  # the inherited test would count as a use
@@ -151,14 +152,14 @@ class MemoryStore(BlockStore):
             if not self._make_room(block.states.num_bytes):
                 return False
             states = block.states.mapped(_own_storage)
-            entry = _Entry(states, block.cost_seconds, num_uses=1, priority=0.0)
+            entry = _Entry(states, states.num_bytes, block.cost_seconds, num_uses=1, priority=0.0)
             entry.priority = self._priority(entry)
             self._entries[block.block_id] = entry
-            self._size_bytes += states.num_bytes
+            self._size_bytes += entry.num_bytes
             return True
 
     def _priority(self, entry: _Entry) -> float:
-        return priority(self._clock, entry.num_uses, entry.cost_seconds, entry.states.num_bytes)
+        return priority(self._clock, entry.num_uses, entry.cost_seconds, entry.num_bytes)
 
     def _make_room(self, num_bytes: int) -> bool:
         """Evict until ``num_bytes`` more fit; evict nothing if the pinned blocks leave too little."""
@@ -166,7 +167,7 @@ class MemoryStore(BlockStore):
         if limit is None or self._size_bytes + num_bytes <= limit:
             return True
         candidates = [block_id for block_id in self._entries if block_id not in self._pinned]
-        evictable = sum(self._entries[block_id].states.num_bytes for block_id in candidates)
+        evictable = sum(self._entries[block_id].num_bytes for block_id in candidates)
         if self._size_bytes - evictable + num_bytes > limit:
             return False
         for block_id in sorted(candidates, key=lambda name: self._entries[name].priority):
