@@ -18,7 +18,8 @@ from rag_blockcache.kv_states import Buffers
 from rag_blockcache.layers import find_layers
 from rag_blockcache.training_record import TrainingRecord
 
-FORMAT_VERSION = 1  # of the KV states; a new one makes every stored block a miss
+# Of KV states and of the names of blocks: an index of another one is refused, not missed block by block.
+FORMAT_VERSION = 2
 _NOT_OF_THE_STATES = {
     "_name_or_path",
     "transformers_version",
