@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from rag_blockcache import BlockCache
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.finetuning import finetune, mask
+from rag_blockcache.finetuning.companions import Companions, SharedPassages
 from rag_blockcache.finetuning.examples import QuestionExample
 from rag_blockcache.finetuning.held_out import measure
 from rag_blockcache.finetuning.mask import Masks
@@ -103,6 +104,44 @@ def test_training_computes_the_logits_that_serving_computes(name, padded_to, tin
         assert distance(logits, alone[0]) < FLOAT32
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["sdpa", "flex"])
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_questions_behind_the_same_passages_do_not_see_one_another(
+    name, mode, kind, monkeypatch, tiny_tokenizer
+):
+    network = architectures.accepted(name)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    masks = choose_attention(cache.model, "sdpa")
+    passages = EXAMPLES[2].passages
+    asked = [
+        QuestionExample(question, passages, (True,) * 3, answer)
+        for question, answer in (("When?", "1843"), ("Why?", "b, of course"), ("Which month?", "May"))
+    ]
+    alone = [row_logits(network, row_of(tiny_tokenizer, (mode,), [each]), masks)[0] for each in asked]
+    companions = Companions(SharedPassages(asked), 9, random.Random(0))
+    several = maker_for(tiny_tokenizer).make(asked[0], mode, None, companions)
+    assert several.num_questions == 3
+    if kind == "flex":
+        monkeypatch.setattr(mask, "_compiled", lambda: flex_attention)
+        mask.register()
+        network.set_attn_implementation(mask.FLEX)
+        masks = Masks(masks._windows, "flex")
+    row = Row.of([maker_for(tiny_tokenizer).make(EXAMPLES[0], "block", None), several])
+    batch = collate([row], padded_to=1024)
+    logits = answer_logits(network, batch, masks)
+    places = answer_places(batch)
+    owners = batch["branch_ids"][0, 1:][places] * batch["sample_ids"][0, 1:][places]
+    found = [logits[owners == branch] for branch in (1, 2, 3)]
+    assert all(
+        any(each.shape == other.shape and distance(each, other) < FLOAT32 for each in found)
+        for other in alone
+    )
+    assert distance(found[0], alone[0]) < FLOAT32
+
+
 def test_the_two_modes_differ_where_there_are_several_passages(tiny_tokenizer):
     network = architectures.accepted("llama")
     masks = Masks({"full_attention": None}, "boolean")
@@ -142,13 +181,19 @@ def test_what_is_measured_is_what_serving_would_say(tiny_tokenizer):
     for mode in ("block", "full"):
         made = [maker_for(tiny_tokenizer).make(example, mode, None) for example in examples]
         # The answer to the last one is a token, the one that greedy decoding gives over blocks.
-        kept = len(made[2].token_ids) - made[2].num_answer
-        token_ids = np.array([*made[2].token_ids[:kept], likeliest(question, "block")], dtype=np.int32)
-        made[2] = Sample(token_ids, made[2].block_ids[: kept + 1], 1, mode)
+        last = made[2]
+        kept = slice(int(last.is_answer.argmax()) + 1)
+        token_ids = last.token_ids[kept].copy()
+        token_ids[-1] = likeliest(question, "block")
+        made[2] = Sample(
+            token_ids,
+            *(each[kept] for each in (last.positions, last.block_ids, last.branch_ids, last.is_answer)),
+            mode,
+        )
         # That to the first one begins with such a token, and goes on with others.
         begun = likeliest(examples[0].question, mode, examples[0].passages)
-        made[0].token_ids[-made[0].num_answer] = begun
-        said = [sample.token_ids[-sample.num_answer :].tolist() for sample in made]
+        made[0].token_ids[made[0].is_answer.argmax()] = begun
+        said = [sample.token_ids[sample.is_answer].tolist() for sample in made]
         scores = [
             cache.score(example.question, example.passages, answer, policy=mode)
             for example, answer in zip(examples, said, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.finetuning.companions import Companions, SharedPassages
 from rag_blockcache.finetuning.examples import ChatExample, QuestionExample, read_data
 from rag_blockcache.finetuning.order import draws
 from rag_blockcache.finetuning.packing import IGNORED, Row, collate, pack
@@ -164,10 +166,11 @@ def test_a_sample_is_what_serving_would_compute_and_the_answer(tiny_tokenizer):
     segments = prompt.segments("Who?", example.passages)
     served = [token for segment in segments for token in segment.token_ids]
     assert sample.token_ids.tolist() == [*served, *prompt.text_tokens("Ada"), *CLOSING]
-    assert sample.num_answer == 4
+    assert sample.is_answer.tolist() == [False] * len(served) + [True] * 4
+    assert sample.positions.tolist() == list(range(len(sample.token_ids)))
     blocks = [len(list(group)) for number, group in itertools.groupby(sample.block_ids) if number]
     assert blocks == [len(segment.token_ids) for segment in segments if segment.kind == "passage"]
-    assert not sample.block_ids[-sample.num_answer :].any()
+    assert not sample.block_ids[sample.is_answer].any()
     full = maker_for(tiny_tokenizer).make(example, "full", None)
     assert not full.block_ids.any()
     assert np.array_equal(full.token_ids, sample.token_ids)
@@ -249,12 +252,98 @@ def test_an_answer_ends_as_the_template_ends_it_or_as_the_model_stops():
     assert [spaced.decode(token) for token in closing_tokens(spaced, [4])] == [" ", "<|im_end|>"]
 
 
+# Several questions behind the same passages
+
+SHOWN = (Passage("Ada."), Passage("It.", title="A"), Passage("In May."))
+ASKED = [
+    QuestionExample("Who?", SHOWN, (True, False, False), "Ada"),
+    QuestionExample("What?", (SHOWN[1], Passage("Else.")), (True, False), "It"),
+    QuestionExample("When?", SHOWN, (True, False, True), "In May"),  # rests on two
+    QuestionExample("Where?", (SHOWN[0], Passage("Paris.")), (False, True), "Paris"),
+]
+
+
+def questions_of(sample, tokenizer):
+    """Return what each branch of a sample says, from the question on."""
+    branches = range(1, sample.num_questions + 1)
+    return [tokenizer.decode(sample.token_ids[sample.branch_ids == branch]) for branch in branches]
+
+
+def test_questions_are_found_by_the_passages_that_their_answers_rest_on():
+    shared = SharedPassages([*ASKED, ChatExample(({"role": "user", "content": "Hello"},), "Good day")])
+    assert {each.question for each in shared.answered_by(SHOWN)} == {"Who?", "What?", "When?"}
+    assert [each.question for each in shared.answered_by(SHOWN[:2])] == ["Who?", "What?"]
+    assert shared.answered_by([Passage("It.")]) == []  # another title is another passage
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_each_branch_is_the_prompt_of_its_question_and_its_answer(mode, tiny_tokenizer):
+    companions = Companions(SharedPassages(ASKED), 9, random.Random(0))
+    maker = maker_for(tiny_tokenizer)
+    sample = maker.make(ASKED[0], mode, None, companions)
+    assert sample.num_questions == 3
+    common, own = (sample.branch_ids == branch for branch in (0, 1))
+    assert set(sample.block_ids[common].tolist()) - {0} == ({2, 3, 4} if mode == "block" else set())
+    assert not sample.block_ids[~common].any()
+    for branch, example in enumerate([ASKED[0], *sorted_as_asked(sample, tiny_tokenizer)], 1):
+        own = common | (sample.branch_ids == branch)
+        alone = maker.make(dataclasses.replace(example, passages=SHOWN, is_needed=(True,) * 3), mode, None)
+        for name in ("token_ids", "positions", "block_ids", "is_answer"):
+            assert np.array_equal(getattr(sample, name)[own], getattr(alone, name)), name
+        assert alone.positions.tolist() == list(range(own.sum()))
+
+
+def sorted_as_asked(sample, tokenizer):
+    said = questions_of(sample, tokenizer)[1:]
+    return [next(each for each in ASKED if each.question in text) for text in said]
+
+
+def test_questions_that_do_not_fit_are_left_out_before_passages_are(tiny_tokenizer):
+    alone = maker_for(tiny_tokenizer).make(ASKED[0], "block", None)
+    companions = Companions(SharedPassages(ASKED), 9, random.Random(0))
+    maker = maker_for(tiny_tokenizer, max_tokens=len(alone.token_ids) + 5)
+    sample = maker.make(ASKED[0], "block", None, companions)
+    assert np.array_equal(sample.token_ids, alone.token_ids)
+
+
+def test_companions_are_others_each_once_and_no_more_than_asked_for():
+    shared = SharedPassages([*ASKED, *ASKED])
+    many = Companions(shared, 9, random.Random(0)).behind(ASKED[0], SHOWN)
+    assert sorted(each.question for each in many) == ["What?", "When?"]
+    assert len(Companions(shared, 1, random.Random(0)).behind(ASKED[0], SHOWN)) == 1
+
+
+def test_rows_ask_several_questions_where_passages_are_shared(tmp_path):
+    passages = [{"text": f"Fact {n} is {n * n}.", "is_gold": False} for n in range(4)]
+    rows = [
+        {
+            "question": f"What is fact {n % 4}, {n}?",
+            "answer": f"{n % 4} squared, {n}",
+            "passages": [{**each, "is_gold": index == n % 4} for index, each in enumerate(passages)],
+        }
+        for n in range(16)
+    ]
+    path = write(tmp_path / "train.jsonl", *rows)
+    files, tokenizer = [read_data(path)], byte_tokenizer()
+    for most, expected in ((1, {1}), (3, {3})):
+        recipe = recipe_for(path, max_questions=most, row_tokens=1024, min_passages=4)
+        made = training_rows(recipe, files, tokenizer, CLOSING, 1024).rows
+        assert {row.num_questions / row.num_samples for row in made} == expected
+        for row in made[:3]:
+            for sample, branch in {*zip(row.sample_ids.tolist(), row.branch_ids.tolist(), strict=True)}:
+                own = (row.sample_ids == sample) & (row.branch_ids == branch)
+                answer = tokenizer.decode(row.labels[own & (row.labels != IGNORED)])
+                asked = tokenizer.decode(row.token_ids[own])
+                assert answer == "" if branch == 0 else answer.split(", ")[1].split("<")[0] + "?" in asked
+
+
 # Packing
 
 
 def sample_of(length, mode="full", file=0):
-    blocks = np.zeros(length, dtype=np.int32)
-    return Sample(np.arange(100, 100 + length, dtype=np.int32), blocks, 2, mode, file)
+    places, zeros = np.arange(length, dtype=np.int32), np.zeros(length, dtype=np.int32)
+    is_answer = places >= length - 2
+    return Sample(places + 100, places, zeros, is_answer.astype(np.int32), is_answer, mode, file)
 
 
 @settings(max_examples=50, deadline=None)

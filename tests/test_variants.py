@@ -69,6 +69,12 @@ def test_a_passage_of_another_question_that_holds_the_answer_is_not_added(exampl
         with_num_passages(asked, 5, others)
 
 
+def test_a_letter_as_answer_leaves_passages_to_add(examples):
+    asked = dataclasses.replace(examples[0], answers=("S",))  # in each of them, and a word of none
+    more = with_num_passages(asked, 5, examples)
+    assert len(more.passages) == 5
+
+
 def test_too_few_passages_to_add_are_an_error_that_counts_them(examples):
     with pytest.raises(InvalidInputError, match="q0 needs 37 more passages"):
         with_num_passages(examples[0], 40, examples)

@@ -33,6 +33,15 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
     return any(gold in found for gold in map(normalized, answers) if gold)
 
 
+def contains_words(text: str, answers: Sequence[str]) -> bool:
+    """Say whether a normalised gold answer stands in the text as whole words.
+
+    Stricter than ``contains_answer``: an answer of one letter is in nearly every text otherwise.
+    """
+    found = f" {normalized(text)} "
+    return any(f" {gold} " in found for gold in map(normalized, answers) if gold)
+
+
 def exact_match(text: str, answers: Sequence[str]) -> bool:
     """Tell whether a text is one of the gold answers, both normalised."""
     return normalized(text) in {gold for gold in map(normalized, answers) if gold}

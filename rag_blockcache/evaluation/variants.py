@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.evaluation.answer_metrics import contains_answer
+from rag_blockcache.evaluation.answer_metrics import contains_answer, contains_words
 from rag_blockcache.evaluation.qa_examples import QaExample
 from rag_blockcache.passages import Passage
 
@@ -159,7 +159,7 @@ def _others(example: QaExample, number: int, pool: Iterable[QaExample], generato
     for passage in candidates:
         if len(kept) == number:
             break
-        if not contains_answer(f"{passage.title} {passage.text}", example.answers):
+        if not contains_words(f"{passage.title} {passage.text}", example.answers):
             gold = None if None in example.is_gold else False
             kept.append((passage, gold))
     if len(kept) < number:

@@ -30,9 +30,9 @@ cache = BlockCache({use})
 |---|---:|---:|---|
 {data}
 
-{steps:,} steps, {samples:,} samples, {tokens:,} tokens, of which {answer_tokens:,} of answers, the only ones
-in the loss. Each example was drawn twice, in the modes {modes}, with other passages around those that its
-answer rests on.
+{steps:,} steps, {samples:,} samples with {questions:,} questions, {tokens:,} tokens, of which
+{answer_tokens:,} of answers, the only ones in the loss. Each example was drawn twice, in the modes {modes},
+with other passages around those that its answer rests on.
 
 ## Recipe
 

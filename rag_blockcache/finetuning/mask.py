@@ -20,24 +20,29 @@ Mask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
 Kind = Literal["flex", "boolean", "additive"]
 
 
-def block_mask(sample_ids: Tensor, block_ids: Tensor, window: int | None) -> Sees:
+def block_mask(batch: Mapping[str, Tensor], block_ids: Tensor, window: int | None) -> Sees:
     """Return the function that tells whether a query sees a key, as FlexAttention calls it.
 
-    A token sees what stands before it in its sample: in a block only its block, in text everything.
+    A token sees what stands before it in its sample and in no other branch: in a block only its block, in
+    text everything.
 
     Args:
-        sample_ids: ``(num_tokens,)``, see ``Row``.
+        batch: See ``packing.collate``.
         block_ids: ``(num_tokens,)``, see ``Sample``; all 0 for full attention.
-        window: Number of tokens a query sees, itself included; None for all before it.
+        window: Number of positions a query sees, its own included; None for all before it.
 
     Source:
         Block-Attention for Efficient Prefilling, https://arxiv.org/abs/2409.15355
     """
+    sample_ids, branch_ids, positions = (
+        batch[name][0] for name in ("sample_ids", "branch_ids", "position_ids")
+    )
 
-    def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
-        own = (block_ids[query] == 0) | (block_ids[query] == block_ids[key])
-        seen = (query >= key) & (sample_ids[query] == sample_ids[key]) & own
-        return seen if window is None else seen & (query - key < window)
+    def sees(_batch: Any, _head: Any, query: Tensor, key: Tensor) -> Tensor:
+        own_block = (block_ids[query] == 0) | (block_ids[query] == block_ids[key])
+        own_branch = (branch_ids[key] == 0) | (branch_ids[query] == branch_ids[key])
+        seen = (query >= key) & (sample_ids[query] == sample_ids[key]) & own_block & own_branch
+        return seen if window is None else seen & (positions[query] - positions[key] < window)
 
     return sees
 
@@ -73,16 +78,15 @@ class Masks:
             Dense ``(1, 1, num_tokens, num_tokens)``, or a mask of FlexAttention; a mapping from the kind of
             layer to such a mask if layers differ.
         """
-        samples, blocks = batch["sample_ids"][0], batch["block_ids"][0]
+        blocks = batch["block_ids"][0]
         blocks = torch.zeros_like(blocks) if full else blocks
         masks = {
-            layers: self._build(block_mask(samples, blocks, window), samples)
+            layers: self._build(block_mask(batch, blocks, window), len(blocks), blocks.device)
             for layers, window in self._windows.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _build(self, sees: Sees, samples: Tensor) -> Tensor | BlockMask:
-        length, device = len(samples), samples.device
+    def _build(self, sees: Sees, length: int, device: torch.device) -> Tensor | BlockMask:
         if self._kind == "flex":
             return create_block_mask(sees, None, None, length, length, device=device)
         places = torch.arange(length, device=device)

@@ -22,38 +22,41 @@ class Row:
 
     Attributes:
         token_ids: ``(num_tokens,)``.
-        positions: ``(num_tokens,)``; each sample begins at 0.
+        positions: ``(num_tokens,)``, see ``Sample``; each sample begins at 0.
         sample_ids: ``(num_tokens,)``: which sample of the row a token belongs to, from 0.
         block_ids: ``(num_tokens,)``, see ``Sample``.
+        branch_ids: ``(num_tokens,)``, see ``Sample``.
         labels: ``(num_tokens,)``: the token itself where it is part of an answer, ``IGNORED`` elsewhere.
         is_block_mode: ``(num_tokens,)``: whether the sample is learned under the block mask.
         files: ``(num_samples,)``: index of the file that each sample is from.
+        num_questions: Questions of all samples.
     """
 
     token_ids: Ints
     positions: Ints
     sample_ids: Ints
     block_ids: Ints
+    branch_ids: Ints
     labels: Ints
     is_block_mode: Ints
     files: Ints
+    num_questions: int
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Row:
         """Put samples into a row."""
         lengths = [len(sample.token_ids) for sample in samples]
-        labels = [
-            np.where(np.arange(length) < length - sample.num_answer, np.int32(IGNORED), sample.token_ids)
-            for sample, length in zip(samples, lengths, strict=True)
-        ]
+        labels = [np.where(sample.is_answer, sample.token_ids, np.int32(IGNORED)) for sample in samples]
         return cls(
             token_ids=np.concatenate([sample.token_ids for sample in samples]),
-            positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            positions=np.concatenate([sample.positions for sample in samples]),
             sample_ids=np.repeat(np.arange(len(samples), dtype=np.int32), lengths),
             block_ids=np.concatenate([sample.block_ids for sample in samples]),
+            branch_ids=np.concatenate([sample.branch_ids for sample in samples]),
             labels=np.concatenate(labels),
             is_block_mode=np.repeat([np.int32(sample.mode == "block") for sample in samples], lengths),
             files=np.array([sample.file for sample in samples], dtype=np.int32),
+            num_questions=sum(sample.num_questions for sample in samples),
         )
 
     @property
@@ -100,6 +103,7 @@ def collate(rows: Sequence[Row], *, padded_to: int | None = None) -> dict[str, T
         "labels": np.pad(row.labels, room, constant_values=IGNORED),
         "sample_ids": np.pad(row.sample_ids, room, constant_values=-1),
         "block_ids": np.pad(row.block_ids, room),
+        "branch_ids": np.pad(row.branch_ids, room),
         "is_block_mode": np.pad(row.is_block_mode, room),
     }
     return {name: torch.from_numpy(values).long()[None] for name, values in padded.items()}

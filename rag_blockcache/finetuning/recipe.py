@@ -44,6 +44,11 @@ class Recipe:
     passage_format: str = _option("paper", "How passages are shown: paper, plain, verbatim or template.")
     preamble: str | None = _option(None, "Text before the passages; that of the format if left out.")
     min_passages: int = _option(4, "Fewest passages of a sample; the most is what its example has.")
+    max_questions: int = _option(
+        1,
+        "Most questions of a sample: beside that of the example others of its file, each for itself, "
+        "whose answers rest on passages that are shown.",
+    )
     balance: float = _option(
         0.5, "0 draws from all files alike, 1 in proportion to their size; between them, to that power of it."
     )
@@ -90,8 +95,8 @@ class Recipe:
                 raise InvalidInputError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}"
                 )
-        for name in ("steps", "row_tokens", "rows_per_step", "min_passages", "eval_every", "eval_samples",
-                     "log_every", "save_every", "workers"):  # fmt: skip
+        for name in ("steps", "row_tokens", "rows_per_step", "min_passages", "max_questions", "eval_every",
+                     "eval_samples", "log_every", "save_every", "workers"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("balance", "distill"):

@@ -68,6 +68,7 @@ def record_of(
         totals={
             "steps": recipe.steps,
             "samples": sum(row.num_samples for row in data.rows),
+            "questions": sum(row.num_questions for row in data.rows),
             "tokens": sum(len(row.token_ids) for row in data.rows),
             "answer_tokens": sum(int((row.labels != IGNORED).sum()) for row in data.rows),
         },

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.finetuning.companions import Companions, SharedPassages
 from rag_blockcache.finetuning.examples import DataFile, Example
 from rag_blockcache.finetuning.order import Draw, draws
 from rag_blockcache.finetuning.packing import Row, pack
@@ -138,13 +139,16 @@ class _Make:
     def __init__(self, source: _Source) -> None:
         self._source = source
         self._maker = sample_maker(source.recipe, source.tokenizer, source.closing, source.max_tokens)
+        self._most = source.recipe.max_questions - 1
+        self._shared = [SharedPassages(examples) for examples in source.examples if self._most]
 
     def __call__(self, draw: Draw) -> list[Sample | None]:
         example = self._source.examples[draw.file][draw.example]
         made = []
         for turn, mode in enumerate(self._source.recipe.mode_pair):
             source = random.Random(f"{self._source.recipe.seed} {draw.number} {turn}")
-            made.append(self._maker.make(example, mode, source))
+            companions = Companions(self._shared[draw.file], self._most, source) if self._most else None
+            made.append(self._maker.make(example, mode, source, companions))
         return made
 
 

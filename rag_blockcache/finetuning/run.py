@@ -194,7 +194,8 @@ def _described(data: TrainingRows, recipe: Recipe, seconds: float) -> str:
     share = num_tokens / (len(data.rows) * recipe.row_tokens)
     too_long = f", {data.num_too_long:,} examples too long" if data.num_too_long else ""
     return (
-        f"{sum(row.num_samples for row in data.rows):,} samples in {len(data.rows):,} rows "
+        f"{sum(row.num_questions for row in data.rows):,} questions over "
+        f"{sum(row.num_samples for row in data.rows):,} sets of passages in {len(data.rows):,} rows "
         f"({share:.0%} filled{too_long}), {num_tokens:,} tokens, made in {seconds:.0f} s"
     )
 

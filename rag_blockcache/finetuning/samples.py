@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rag_blockcache.finetuning.companions import Companions
 from rag_blockcache.finetuning.examples import ChatExample, Example, QuestionExample
 from rag_blockcache.finetuning.recipe import Mode
 from rag_blockcache.passage_format import PassageFormat
-from rag_blockcache.passages import Excerpt
+from rag_blockcache.passages import Excerpt, Passage
 from rag_blockcache.prompt import Prompt, Segment
 from rag_blockcache.request import Chat
 
@@ -25,22 +26,34 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and its answer.
+    """A prompt and its answer, or several that begin alike: behind the same passages, each its own branch.
 
     Attributes:
-        token_ids: ``(num_tokens,)``; the answer is at the end.
+        token_ids: ``(num_tokens,)``: what the prompts have in common, then branch by branch the rest of a
+            prompt and its answer.
+        positions: ``(num_tokens,)``: where a token stands in its prompt; every branch goes on from where the
+            common part ends.
         block_ids: ``(num_tokens,)``: the number of the block that a token belongs to, from 1, or 0 for text,
             which sees everything before it. All 0 under full attention.
-        num_answer: Tokens of the answer, with those that end it.
+        branch_ids: ``(num_tokens,)``: the number of the branch that a token belongs to, from 1, or 0 for what
+            they have in common. No branch sees another.
+        is_answer: ``(num_tokens,)``, bool: the tokens of answers, with those that end them.
         mode: Under which attention it is learned.
-        file: Index of the file that its example is from.
+        file: Index of the file that its examples are from.
     """
 
     token_ids: Ints
+    positions: Ints
     block_ids: Ints
-    num_answer: int
+    branch_ids: Ints
+    is_answer: NDArray[np.bool_]
     mode: Mode
     file: int = 0
+
+    @property
+    def num_questions(self) -> int:
+        """Prompts in the sample."""
+        return int(self.branch_ids.max())
 
 
 class SampleMaker:
@@ -69,7 +82,13 @@ class SampleMaker:
         self._closing = tuple(closing)
         self._min_passages, self._max_tokens = min_passages, max_tokens
 
-    def make(self, example: Example, mode: Mode, source: random.Random | None) -> Sample | None:
+    def make(
+        self,
+        example: Example,
+        mode: Mode,
+        source: random.Random | None,
+        companions: Companions | None = None,
+    ) -> Sample | None:
         """Make the sample of an example.
 
         Args:
@@ -77,6 +96,8 @@ class SampleMaker:
             mode: Under which attention it is learned.
             source: Chooses how many passages there are, which, and in what order; those that the answer
                 rests on always stay. None takes all as they stand.
+            companions: Finds further questions to ask behind the chosen passages, as many as fit; None asks
+                that of the example alone.
 
         Returns:
             The sample; passages that nothing rests on are left out until it fits. None if it never does.
@@ -84,14 +105,14 @@ class SampleMaker:
         if isinstance(example, ChatExample):
             chat = Chat(messages=example.messages)
             segments = self._prompt.chat_segments(chat, _Paragraphs(example))
-            return self._joined(segments, example.answer, mode)
+            return self._joined(segments, [self._branch((), example.answer)], mode)
         chosen = list(range(len(example.passages)))
         if source is not None:
             chosen = choose_passages(example.is_needed, self._min_passages, source)
         while True:
             passages = [example.passages[index] for index in chosen]
-            segments = self._prompt.segments(example.question, passages)
-            sample = self._joined(segments, example.answer, mode)
+            further = companions.behind(example, passages) if companions is not None else []
+            sample = self._asked([example, *further], passages, mode)
             spare = [index for index in chosen if not example.is_needed[index]]
             if sample is not None or not spare:
                 return sample
@@ -103,21 +124,60 @@ class SampleMaker:
         token_ids = [token for segment in segments for token in segment.token_ids]
         return token_ids if len(token_ids) + room <= self._max_tokens else None
 
-    def _joined(self, segments: Sequence[Segment], answer: str, mode: Mode) -> Sample | None:
-        said = (*self._prompt.text_tokens(answer), *self._closing)
-        runs = [*(segment.token_ids for segment in segments), said]
-        if sum(map(len, runs)) > self._max_tokens:
+    def _asked(
+        self, examples: Sequence[QuestionExample], passages: Sequence[Passage], mode: Mode
+    ) -> Sample | None:
+        """Ask the first question, and those of the others that fit, behind the same passages."""
+        segments = self._prompt.segments(examples[0].question, passages)
+        common = 1 + max((i for i, segment in enumerate(segments) if segment.kind == "passage"), default=-1)
+        branches = [self._branch(segments[common:], examples[0].answer)]
+        num_tokens = sum(len(segment.token_ids) for segment in segments[:common]) + branches[0].num_tokens
+        for example in examples[1:]:
+            further = self._prompt.segments(example.question, passages)
+            branch = self._branch(further[common:], example.answer)
+            if further[:common] == segments[:common] and num_tokens + branch.num_tokens <= self._max_tokens:
+                branches.append(branch)
+                num_tokens += branch.num_tokens
+        return self._joined(segments[:common], branches, mode)
+
+    def _branch(self, segments: Sequence[Segment], answer: str) -> _Branch:
+        asked = [token for segment in segments for token in segment.token_ids]
+        return _Branch(asked, (*self._prompt.text_tokens(answer), *self._closing))
+
+    def _joined(self, common: Sequence[Segment], branches: Sequence[_Branch], mode: Mode) -> Sample | None:
+        lengths = [len(segment.token_ids) for segment in common]
+        num_common, num_own = sum(lengths), [branch.num_tokens for branch in branches]
+        if num_common + sum(num_own) > self._max_tokens:
             return None
         numbers = [
             index if mode == "block" and segment.kind == "passage" else 0
-            for index, segment in enumerate(segments, 1)
+            for index, segment in enumerate(common, 1)
         ]
+        shared = [token for segment in common for token in segment.token_ids]
+        own = [token for branch in branches for token in (*branch.asked, *branch.answer)]
+        behind = [np.arange(num_common, num_common + length) for length in num_own]
+        is_answer = [[False] * num_common]
+        is_answer += [[False] * len(branch.asked) + [True] * len(branch.answer) for branch in branches]
         return Sample(
-            token_ids=np.array([token for run in runs for token in run], dtype=np.int32),
-            block_ids=np.repeat(np.array([*numbers, 0], dtype=np.int32), [len(run) for run in runs]),
-            num_answer=len(said),
+            token_ids=np.array([*shared, *own], dtype=np.int32),
+            positions=np.concatenate([np.arange(num_common), *behind]).astype(np.int32),
+            block_ids=np.repeat(np.array([*numbers, 0], dtype=np.int32), [*lengths, sum(num_own)]),
+            branch_ids=np.repeat(np.arange(len(branches) + 1, dtype=np.int32), [num_common, *num_own]),
+            is_answer=np.concatenate(is_answer).astype(np.bool_),
             mode=mode,
         )
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What follows the passages: the rest of a prompt, and its answer."""
+
+    asked: Sequence[int]
+    answer: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.asked) + len(self.answer)
 
 
 def choose_passages(is_needed: Sequence[bool], fewest: int, source: random.Random) -> list[int]:
