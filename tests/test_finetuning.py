@@ -22,14 +22,14 @@ from rag_blockcache import BlockCache
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.finetuning import finetune, mask
 from rag_blockcache.finetuning.companions import Companions, SharedPassages
-from rag_blockcache.finetuning.examples import QuestionExample
+from rag_blockcache.finetuning.examples import QuestionExample, TextExample
 from rag_blockcache.finetuning.held_out import measure
 from rag_blockcache.finetuning.mask import Masks
 from rag_blockcache.finetuning.network import choose_attention
-from rag_blockcache.finetuning.packing import IGNORED, Row, collate
+from rag_blockcache.finetuning.packing import IGNORED, Row, collate, part_of
 from rag_blockcache.finetuning.recipe import Recipe
 from rag_blockcache.finetuning.samples import Sample, SampleMaker
-from rag_blockcache.finetuning.trainer import answer_logits, answer_places, distance_to
+from rag_blockcache.finetuning.trainer import distance_to, kinds_of, learned_logits, learned_places
 from rag_blockcache.passage_format import PassageFormat
 from rag_blockcache.passages import Passage
 
@@ -65,8 +65,8 @@ def row_of(tokenizer, modes, examples=EXAMPLES):
 def row_logits(network, row, masks, padded_to=None):
     """Return the logits of each sample's answer tokens in a row."""
     batch = collate([row], padded_to=padded_to)
-    logits = answer_logits(network, batch, masks)
-    owners = batch["sample_ids"][0, 1:][answer_places(batch)]
+    logits = learned_logits(network, batch, masks)
+    owners = batch["sample_ids"][0, 1:][learned_places(batch)]
     return [logits[owners == owner] for owner in range(row.num_samples)]
 
 
@@ -131,8 +131,8 @@ def test_questions_behind_the_same_passages_do_not_see_one_another(
         masks = Masks(masks._windows, "flex")
     row = Row.of([maker_for(tiny_tokenizer).make(EXAMPLES[0], "block", None), several])
     batch = collate([row], padded_to=1024)
-    logits = answer_logits(network, batch, masks)
-    places = answer_places(batch)
+    logits = learned_logits(network, batch, masks)
+    places = learned_places(batch)
     owners = batch["branch_ids"][0, 1:][places] * batch["sample_ids"][0, 1:][places]
     found = [logits[owners == branch] for branch in (1, 2, 3)]
     assert all(
@@ -182,18 +182,18 @@ def test_what_is_measured_is_what_serving_would_say(tiny_tokenizer):
         made = [maker_for(tiny_tokenizer).make(example, mode, None) for example in examples]
         # The answer to the last one is a token, the one that greedy decoding gives over blocks.
         last = made[2]
-        kept = slice(int(last.is_answer.argmax()) + 1)
+        kept = slice(int(last.is_learned.argmax()) + 1)
         token_ids = last.token_ids[kept].copy()
         token_ids[-1] = likeliest(question, "block")
         made[2] = Sample(
             token_ids,
-            *(each[kept] for each in (last.positions, last.block_ids, last.branch_ids, last.is_answer)),
+            *(each[kept] for each in (last.positions, last.block_ids, last.branch_ids, last.is_learned)),
             mode,
         )
         # That to the first one begins with such a token, and goes on with others.
         begun = likeliest(examples[0].question, mode, examples[0].passages)
-        made[0].token_ids[made[0].is_answer.argmax()] = begun
-        said = [sample.token_ids[sample.is_answer].tolist() for sample in made]
+        made[0].token_ids[made[0].is_learned.argmax()] = begun
+        said = [sample.token_ids[sample.is_learned].tolist() for sample in made]
         scores = [
             cache.score(example.question, example.passages, answer, policy=mode)
             for example, answer in zip(examples, said, strict=True)
@@ -219,7 +219,7 @@ def test_compiled_flex_attention_gives_logits_and_gradients_of_a_dense_mask(num_
             row = collate([row_of(tiny_tokenizer, modes)], padded_to=512 if is_flex else None)
             batch = {key: values.cuda() for key, values in row.items()}
             masks = Masks({"full_attention": None}, "flex" if is_flex else "boolean")
-            logits = answer_logits(network, batch, masks)
+            logits = learned_logits(network, batch, masks)
             logits.log_softmax(-1).square().sum().backward()
             found.append(logits.detach())
         found.append(network.model.layers[0].self_attn.k_proj.weight.grad)
@@ -234,7 +234,22 @@ def test_only_answers_are_in_the_loss(tiny_tokenizer):
         assert tiny_tokenizer.decode(learned) == example.answer + "<|im_end|>"
     batch = collate([row])
     tokens = batch["input_ids"][0]
-    assert torch.equal(tokens[answer_places(batch) + 1], batch["labels"][batch["labels"] != IGNORED])
+    assert torch.equal(tokens[learned_places(batch) + 1], batch["labels"][batch["labels"] != IGNORED])
+
+
+@pytest.mark.parametrize("multiple_of", [1, 64])
+def test_a_part_of_a_row_gives_the_logits_that_it_gives_in_the_whole(multiple_of, tiny_tokenizer):
+    network = architectures.accepted("qwen2-window")
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    masks, maker = choose_attention(cache.model, "sdpa"), maker_for(tiny_tokenizer)
+    examples = [EXAMPLES[0], TextExample("The mill is old."), EXAMPLES[1], TextExample("So is the wheel.")]
+    batch = collate([Row.of([maker.make(example, "block", None) for example in examples])], padded_to=512)
+    is_text = kinds_of(batch)["text"]
+    part = part_of(batch, batch["is_text"][0].bool(), multiple_of=multiple_of)
+    assert part["input_ids"].shape[1] % multiple_of == 0
+    with torch.no_grad():
+        whole = learned_logits(network, batch, masks)
+        assert distance(learned_logits(network, part, masks), whole[is_text]) < FLOAT32
 
 
 def test_positions_begin_again_with_each_sample_and_are_those_of_its_prompt(tiny_tokenizer):
@@ -466,7 +481,33 @@ def test_steps_of_several_rows_are_averaged_over_all_their_answer_tokens(folder,
     assert min(parts) <= first["loss"] <= max(parts)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"gradient_checkpointing": True}], ids=str)
+def test_general_text_is_kept_as_the_base_says_it_and_learned_where_there_is_no_base(folder, tmp_path):
+    rows = [json.dumps({"text": f"The {word} stands by the {word}."}) for word in ("mill", "desk", "wheel")]
+    (folder / "text.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    questions, text = (str(folder / f"{name}.jsonl") for name in ("train", "text"))
+    usual = {"data": [questions, text], "balance": 0.0, "eval_data": [text], "steps": 20, "eval_every": 5}
+
+    def drift(out, **options):
+        report = finetune(recipe_in(folder, tmp_path / out, **{**usual, **options}))
+        found = [entry["eval_loss_text"] for entry in report.history if "eval_loss_text" in entry]
+        return report, abs(found[-1] - found[0])
+
+    kept, kept_drift = drift("kept")
+    _, free_drift = drift("free", data=[questions])
+    assert kept_drift < 0.5 * free_drift
+    assert kept.history[1]["loss_text"] < 1e-5  # nothing has been learned yet, so nothing was lost
+    assert kept.record.totals["text_tokens"] > 0
+    assert "general text: loss of a token" in (tmp_path / "kept" / "README.md").read_text()
+    learned, _ = drift("learned", lora_rank=0, steps=5)
+    assert learned.history[1]["loss_text"] > 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "bfloat16"}, {"gradient_checkpointing": True}, {"compile_layers": True}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch, compiling
 def test_other_ways_to_compute_come_close(options, folder, tmp_path):
     usual = finetune(recipe_in(folder, tmp_path / "usual", steps=2))
     other = finetune(recipe_in(folder, tmp_path / "other", steps=2, **options))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.finetuning.companions import Companions, SharedPassages
-from rag_blockcache.finetuning.examples import ChatExample, QuestionExample, read_data
+from rag_blockcache.finetuning.examples import ChatExample, QuestionExample, TextExample, read_data
 from rag_blockcache.finetuning.order import draws
 from rag_blockcache.finetuning.packing import IGNORED, Row, collate, pack
 from rag_blockcache.finetuning.recipe import Recipe
@@ -94,9 +94,17 @@ def test_chats_are_read(tmp_path):
     assert example == ChatExample(({"role": "user", "content": "Hello"},), "Good day")
 
 
+def test_general_text_is_read_beside_questions(tmp_path):
+    rows = [{"text": "The mill is old.", "title": "A mill"}, {**QUESTION, "text": "is passed over"}]
+    text, question = read_data(write(tmp_path / "a.jsonl", *rows)).examples
+    assert text == TextExample("The mill is old.")
+    assert isinstance(question, QuestionExample)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"text": " "}, "line 2 of a.jsonl cannot be trained on: its text is empty"),
         (
             {**QUESTION, "answers": []},
             "line 2 of a.jsonl cannot be trained on: it has no answer.*--own-answers",
@@ -166,11 +174,11 @@ def test_a_sample_is_what_serving_would_compute_and_the_answer(tiny_tokenizer):
     segments = prompt.segments("Who?", example.passages)
     served = [token for segment in segments for token in segment.token_ids]
     assert sample.token_ids.tolist() == [*served, *prompt.text_tokens("Ada"), *CLOSING]
-    assert sample.is_answer.tolist() == [False] * len(served) + [True] * 4
+    assert sample.is_learned.tolist() == [False] * len(served) + [True] * 4
     assert sample.positions.tolist() == list(range(len(sample.token_ids)))
     blocks = [len(list(group)) for number, group in itertools.groupby(sample.block_ids) if number]
     assert blocks == [len(segment.token_ids) for segment in segments if segment.kind == "passage"]
-    assert not sample.block_ids[sample.is_answer].any()
+    assert not sample.block_ids[sample.is_learned].any()
     full = maker_for(tiny_tokenizer).make(example, "full", None)
     assert not full.block_ids.any()
     assert np.array_equal(full.token_ids, sample.token_ids)
@@ -217,6 +225,35 @@ def test_passages_that_nothing_rests_on_go_until_a_sample_fits(tiny_tokenizer):
     text = tiny_tokenizer.decode(shorter.token_ids)
     assert ["aaa" in text, "bbb" in text, "ccc" in text, "ddd" in text] == [True, False, True, False]
     assert maker_for(tiny_tokenizer, max_tokens=100).make(example, "block", None) is None
+
+
+def test_all_of_a_text_but_its_first_token_is_learned_and_a_long_one_is_cut(tiny_tokenizer):
+    sample = maker_for(tiny_tokenizer, max_tokens=8).make(TextExample("The mill is old."), "block", None)
+    assert tiny_tokenizer.decode(sample.token_ids) == "The mill"
+    assert sample.positions.tolist() == list(range(8))
+    assert sample.is_learned.tolist() == [False] + [True] * 7
+    assert sample.mode == "full"
+    assert sample.is_text
+    assert not sample.block_ids.any()
+    assert maker_for(tiny_tokenizer).make(TextExample("T"), "full", None) is None
+
+
+def test_text_is_drawn_once_and_measured_once(tmp_path):
+    path = write(tmp_path / "text.jsonl", *({"text": f"This is text {number}."} for number in range(8)))
+    files = [read_data(examples_file(tmp_path)), read_data(path)]
+    recipe = recipe_for(path, steps=3, eval_samples=8)
+    rows = training_rows(recipe, files, byte_tokenizer(), CLOSING, 512)
+    texts = Counter()
+    for row in rows.rows:
+        for index in range(row.num_samples):
+            chosen = row.sample_ids == index
+            if row.is_text[chosen].all():
+                texts[byte_tokenizer().decode(row.token_ids[chosen])] += 1
+            else:
+                assert not row.is_text[chosen].any()
+    assert max(texts.values()) - min(texts.values()) <= 2  # each comes once before any comes again
+    held_out = held_out_rows(recipe, files[1:], maker_for(byte_tokenizer()))
+    assert sum(row.num_samples for row in held_out) == 8
 
 
 def test_paragraphs_of_a_chat_are_blocks_and_its_last_one_is_the_question(tiny_tokenizer):
@@ -288,7 +325,7 @@ def test_each_branch_is_the_prompt_of_its_question_and_its_answer(mode, tiny_tok
     for branch, example in enumerate([ASKED[0], *sorted_as_asked(sample, tiny_tokenizer)], 1):
         own = common | (sample.branch_ids == branch)
         alone = maker.make(dataclasses.replace(example, passages=SHOWN, is_needed=(True,) * 3), mode, None)
-        for name in ("token_ids", "positions", "block_ids", "is_answer"):
+        for name in ("token_ids", "positions", "block_ids", "is_learned"):
             assert np.array_equal(getattr(sample, name)[own], getattr(alone, name)), name
         assert alone.positions.tolist() == list(range(own.sum()))
 

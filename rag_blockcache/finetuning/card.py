@@ -31,8 +31,8 @@ cache = BlockCache({use})
 {data}
 
 {steps:,} steps, {samples:,} samples with {questions:,} questions, {tokens:,} tokens, of which
-{answer_tokens:,} of answers, the only ones in the loss. Each example was drawn twice, in the modes {modes},
-with other passages around those that its answer rests on.
+{answer_tokens:,} of answers and {text_tokens:,} of general text are in the loss. Each question was drawn
+twice, in the modes {modes}, with other passages around those that its answer rests on.
 
 ## Recipe
 
@@ -54,6 +54,9 @@ _WHAT = {
     "and under full attention too.",
     False: "It was trained under full attention only, to compare with. It is not block-fine-tuned.",
 }
+
+
+_KINDS = {"block": "answers, block attention", "full": "answers, full attention", "text": "general text"}
 
 
 def write_card(record: TrainingRecord, history: History, out: Path, *, is_adapter: bool) -> None:
@@ -85,12 +88,12 @@ def _measured(history: History) -> str:
     """Compare the first and the last measurement on held-out examples."""
     lines = ["| held out | before | after |", "|---|---:|---:|"]
     for label, name in (
-        ("loss of an answer token", "eval_loss_{}"),
-        ("answers exact", "eval_exact_{}"),
-        ("answers right", "eval_accuracy_{}"),
+        ("loss of a token", "eval_loss_{}"),
+        ("exact to the token", "eval_exact_{}"),
+        ("right", "eval_accuracy_{}"),
     ):
-        for mode in ("block", "full"):
-            found = points(history, name.format(mode))
+        for kind, shown in _KINDS.items():
+            found = points(history, name.format(kind))
             if found:
-                lines.append(f"| {label}, {mode} attention | {found[0][1]:.3f} | {found[-1][1]:.3f} |")
+                lines.append(f"| {shown}: {label} | {found[0][1]:.3f} | {found[-1][1]:.3f} |")
     return "\n".join(lines) if len(lines) > 2 else "Nothing: no held-out examples were given."

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 HISTORY_FILE, CURVES_FILE = "training.json", "training.svg"
-_COLOURS = {"block": "tab:blue", "full": "tab:orange"}
+_COLOURS = {"block": "tab:blue", "full": "tab:orange", "text": "tab:green"}
 _PANELS = {
-    "loss of an answer token": ("loss_{}", "eval_loss_{}"),
+    "loss of a learned token": ("loss_{}", "eval_loss_{}"),
     "answers exact": ("eval_exact_{}",),
     "answers right": ("eval_accuracy_{}",),
 }
@@ -27,7 +27,7 @@ def write_history(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_curves(history: History, folder: Path) -> None:
-    """Draw loss and exactness against steps, in both modes: training dotted, held out drawn through."""
+    """Draw loss and exactness against steps, by kind: training dotted, held out drawn through."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""Files to examples: a question with passages and its answer, or a chat that ends with an answer."""
+"""Files to examples: a question with passages and its answer, a chat that ends with one, or general text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,18 @@ class ChatExample:
     answer: str
 
 
-Example = QuestionExample | ChatExample
+@dataclass(frozen=True)
+class TextExample:
+    """Text about anything, of which the model keeps to say what it said before.
+
+    Attributes:
+        text: As it stands in the file.
+    """
+
+    text: str
+
+
+Example = QuestionExample | ChatExample | TextExample
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ def read_data(path: Path, passages: Path | None = None, *, needs_answers: bool =
     A line is ``{"question", "answers" or "answer", "passages": [{"title"?, "text", "is_gold"?,
     "has_answer"?}]}``, where a passage may be a string; or the same with ``pids`` instead of ``passages``,
     which name rows ``{"pid", "title"?, "text"}`` of another file, and lists ``is_gold`` and ``has_answer``;
-    or ``{"messages": [{"role", "content"}]}``, ending with the assistant. Other fields are passed over.
+    or ``{"messages": [{"role", "content"}]}``, ending with the assistant; or ``{"text"}``. Other fields are
+    passed over.
 
     Args:
         path: The file.
@@ -84,11 +96,11 @@ def read_data(path: Path, passages: Path | None = None, *, needs_answers: bool =
         InvalidInputError: If a line cannot be used; the message names it.
     """
     table_path = cache(lambda: _table_of(path, passages))
-    examples = []
+    examples: list[Example] = []
     for number, row in _rows(path):
         try:
-            example = _chat(row) if "messages" in row else _question(row, table_path)
-            if needs_answers and not example.answer:
+            example = _example(row, table_path)
+            if needs_answers and not isinstance(example, TextExample) and not example.answer:
                 raise ValueError(
                     "it has no answer; give it 'answers' (a list, the first one is learned) or 'answer', "
                     "or let the model answer with --own-answers"
@@ -149,6 +161,14 @@ def _read_table(path: Path) -> dict[int | str, Passage]:
         if str(row.get("text") or "").strip():
             table[row["pid"]] = Passage(row["text"], title=row.get("title") or "")
     return table
+
+
+def _example(row: Mapping[str, Any], table_path: Callable[[], Path]) -> Example:
+    if "messages" in row:
+        return _chat(row)
+    if "text" in row and "question" not in row:
+        return TextExample(_text(row, "text"))
+    return _question(row, table_path)
 
 
 def _question(row: Mapping[str, Any], table_path: Callable[[], Path]) -> QuestionExample:

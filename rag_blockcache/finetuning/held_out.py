@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from rag_blockcache.finetuning.mask import Masks
 from rag_blockcache.finetuning.packing import Row, collate
-from rag_blockcache.finetuning.trainer import BlockTrainer, answer_logits, answer_places
+from rag_blockcache.finetuning.trainer import KINDS, BlockTrainer, kinds_of, learned_logits, learned_places
 
 Evaluate = Callable[[PreTrainedModel, int], Mapping[str, float]]
 
@@ -21,30 +21,32 @@ Evaluate = Callable[[PreTrainedModel, int], Mapping[str, float]]
 def measure(
     network: nn.Module, rows: Sequence[Row], masks: Masks, device: torch.device, padded_to: int | None
 ) -> dict[str, float]:
-    """Measure a model on rows, by the mode of their samples.
+    """Measure a model on rows, by the kind of their samples.
 
     Returns:
         ``eval_loss_block`` and ``eval_loss_full``, the mean loss of an answer token; ``eval_exact_block`` and
         ``eval_exact_full``, the share of answers that greedy decoding would give to the token: each token is
-        the likeliest behind the true ones before it.
+        the likeliest behind the true ones before it; ``eval_loss_text``, the mean loss of a token of general
+        text. What there are no samples for is left out.
     """
-    losses: dict[bool, list[Tensor]] = {True: [], False: []}
-    exact: dict[bool, list[Tensor]] = {True: [], False: []}
+    losses: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    exact: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for row in rows:
         batch = {name: values.to(device) for name, values in collate([row], padded_to=padded_to).items()}
-        logits, places = answer_logits(network, batch, masks), answer_places(batch)
+        logits, places = learned_logits(network, batch, masks), learned_places(batch)
         targets, owners = (batch[name][0, 1:][places] for name in ("labels", "sample_ids"))
-        is_block = batch["is_block_mode"][0, 1:][places].bool()
         token_losses = functional.cross_entropy(logits, targets, reduction="none")
         is_right = logits.argmax(-1) == targets
-        for mode in (True, False):
-            losses[mode].append(token_losses[is_block == mode])
-            for owner in torch.unique(owners[is_block == mode]):
-                exact[mode].append(is_right[owners == owner].all()[None])
+        for kind, chosen in kinds_of(batch).items():
+            losses[kind].append(token_losses[chosen])
+            for owner in torch.unique(owners[chosen]):
+                exact[kind].append(is_right[owners == owner].all()[None])
     measured = {}
-    for name, mode in (("block", True), ("full", False)):
-        measured[f"eval_loss_{name}"] = torch.cat(losses[mode]).mean().item()
-        measured[f"eval_exact_{name}"] = torch.cat(exact[mode]).float().mean().item()
+    for kind in KINDS:
+        if exact[kind]:
+            measured[f"eval_loss_{kind}"] = torch.cat(losses[kind]).mean().item()
+            if kind != "text":
+                measured[f"eval_exact_{kind}"] = torch.cat(exact[kind]).float().mean().item()
     return measured
 
 

@@ -88,7 +88,8 @@ class Masks:
 
     def _build(self, sees: Sees, length: int, device: torch.device) -> Tensor | BlockMask:
         if self._kind == "flex":
-            return create_block_mask(sees, None, None, length, length, device=device)
+            make = _compiled_mask() if device.type == "cuda" else create_block_mask  # else it is dense first
+            return make(sees, None, None, length, length, device=device)
         places = torch.arange(length, device=device)
         seen = sees(0, 0, places[:, None], places)[None, None]
         if self._kind == "boolean":
@@ -101,6 +102,11 @@ def register() -> None:
     """Make FlexAttention of our own known to transformers by ``FLEX``; only models set to it use it."""
     AttentionInterface.register(FLEX, _attend)
     AttentionMaskInterface.register(FLEX, flex_attention_mask)
+
+
+@functools.cache
+def _compiled_mask() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask, dynamic=False)
 
 
 @functools.cache
@@ -131,7 +137,8 @@ def _attend(
             "train with --attention sdpa"
         )
     capped = None if softcap is None else functools.partial(_cap, softcap)
-    output = _compiled()(
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
+    output = attend(
         query.to(value.dtype),
         key.to(value.dtype),
         value,

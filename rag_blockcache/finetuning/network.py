@@ -86,8 +86,11 @@ def load_trainee(recipe: Recipe) -> Trainee:
     served = str(model.config._attn_implementation)
     masks = choose_attention(model, recipe.attention)
     fingerprint = weights_fingerprint(network)
+    trained = _with_adapter(network, recipe) if recipe.is_adapter else network
+    if recipe.compile_layers:
+        _compile_layers(network)
     return Trainee(
-        network=_with_adapter(network, recipe) if recipe.is_adapter else network,
+        network=trained,
         tokenizer=tokenizer,
         masks=masks,
         closing=closing_tokens(tokenizer, _end_ids(network, tokenizer)),
@@ -96,6 +99,14 @@ def load_trainee(recipe: Recipe) -> Trainee:
         base_revision=getattr(network.config, "_commit_hash", None),
         served_attention=served,
     )
+
+
+def _compile_layers(network: PreTrainedModel) -> None:
+    """Compile each layer; they are alike, so that this is done for one, and the others have it."""
+    kinds = set(network._no_split_modules or ())
+    for module in network.modules():
+        if type(module).__name__ in kinds and module is not network:
+            module.compile(dynamic=False)
 
 
 @contextlib.contextmanager

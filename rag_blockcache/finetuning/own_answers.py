@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rag_blockcache.finetuning.examples import DataFile, QuestionExample
+from rag_blockcache.finetuning.examples import DataFile, Example, QuestionExample, TextExample
 from rag_blockcache.finetuning.network import Trainee, served_attention
 from rag_blockcache.finetuning.progress import Tell
 from rag_blockcache.finetuning.samples import SampleMaker
@@ -93,11 +93,11 @@ def _known(path: Path) -> dict[str, str]:
 
 
 def _completed(file: DataFile, answers: dict[str, str]) -> DataFile:
-    examples = []
+    examples: list[Example] = []
     for index, example in enumerate(file.examples):
         if isinstance(example, QuestionExample) and not example.answer:
             example = dataclasses.replace(example, answer=answers.get(_name(file, index), ""))
-        if example.answer:
+        if isinstance(example, TextExample) or example.answer:
             examples.append(example)
     return dataclasses.replace(file, examples=examples)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rag_blockcache.finetuning.samples import Ints, Sample
 
 _OPEN_ROWS = 8  # that wait for a sample of their size; more leave less room unused, and mix the order more
 IGNORED = -100  # label of a token that is not learned, as transformers has it
+_PADDING = {"labels": IGNORED, "sample_ids": -1}  # all else is padded with 0
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class Row:
         sample_ids: ``(num_tokens,)``: which sample of the row a token belongs to, from 0.
         block_ids: ``(num_tokens,)``, see ``Sample``.
         branch_ids: ``(num_tokens,)``, see ``Sample``.
-        labels: ``(num_tokens,)``: the token itself where it is part of an answer, ``IGNORED`` elsewhere.
+        labels: ``(num_tokens,)``: the token itself where it is learned, ``IGNORED`` elsewhere.
         is_block_mode: ``(num_tokens,)``: whether the sample is learned under the block mask.
+        is_text: ``(num_tokens,)``: whether the sample is general text.
         files: ``(num_samples,)``: index of the file that each sample is from.
         num_questions: Questions of all samples.
     """
@@ -39,6 +42,7 @@ class Row:
     branch_ids: Ints
     labels: Ints
     is_block_mode: Ints
+    is_text: Ints
     files: Ints
     num_questions: int
 
@@ -46,7 +50,7 @@ class Row:
     def of(cls, samples: Sequence[Sample]) -> Row:
         """Put samples into a row."""
         lengths = [len(sample.token_ids) for sample in samples]
-        labels = [np.where(sample.is_answer, sample.token_ids, np.int32(IGNORED)) for sample in samples]
+        labels = [np.where(sample.is_learned, sample.token_ids, np.int32(IGNORED)) for sample in samples]
         return cls(
             token_ids=np.concatenate([sample.token_ids for sample in samples]),
             positions=np.concatenate([sample.positions for sample in samples]),
@@ -55,6 +59,7 @@ class Row:
             branch_ids=np.concatenate([sample.branch_ids for sample in samples]),
             labels=np.concatenate(labels),
             is_block_mode=np.repeat([np.int32(sample.mode == "block") for sample in samples], lengths),
+            is_text=np.repeat([np.int32(sample.is_text) for sample in samples], lengths),
             files=np.array([sample.file for sample in samples], dtype=np.int32),
             num_questions=sum(sample.num_questions for sample in samples),
         )
@@ -96,14 +101,32 @@ def collate(rows: Sequence[Row], *, padded_to: int | None = None) -> dict[str, T
         padded_to: Length that all batches get, for compiled kernels; None pads nothing.
     """
     [row] = rows
-    room = (0, max((padded_to or 0) - len(row.token_ids), 0))
-    padded: dict[str, Any] = {
-        "input_ids": np.pad(row.token_ids, room),
-        "position_ids": np.pad(row.positions, room),
-        "labels": np.pad(row.labels, room, constant_values=IGNORED),
-        "sample_ids": np.pad(row.sample_ids, room, constant_values=-1),
-        "block_ids": np.pad(row.block_ids, room),
-        "branch_ids": np.pad(row.branch_ids, room),
-        "is_block_mode": np.pad(row.is_block_mode, room),
+    columns: dict[str, Any] = {
+        "input_ids": row.token_ids,
+        "position_ids": row.positions,
+        "labels": row.labels,
+        "sample_ids": row.sample_ids,
+        "block_ids": row.block_ids,
+        "branch_ids": row.branch_ids,
+        "is_block_mode": row.is_block_mode,
+        "is_text": row.is_text,
     }
-    return {name: torch.from_numpy(values).long()[None] for name, values in padded.items()}
+    batch = {name: torch.from_numpy(values).long()[None] for name, values in columns.items()}
+    return _padded(batch, padded_to or 0)
+
+
+def part_of(batch: Mapping[str, Tensor], is_wanted: Tensor, *, multiple_of: int = 1) -> dict[str, Tensor]:
+    """Return a batch of some samples alone, in which they give the logits that they give in the whole one.
+
+    Args:
+        batch: See ``collate``.
+        is_wanted: ``(num_tokens,)``, bool, alike for all tokens of a sample.
+        multiple_of: To whose next multiple the part is padded, for compiled kernels.
+    """
+    part = {name: values[:, is_wanted] for name, values in batch.items()}
+    return _padded(part, -(-part["input_ids"].shape[1] // multiple_of) * multiple_of)
+
+
+def _padded(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    room = max(length - batch["input_ids"].shape[1], 0)
+    return {name: pad(values, (0, room), value=_PADDING.get(name, 0)) for name, values in batch.items()}

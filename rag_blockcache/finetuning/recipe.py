@@ -71,6 +71,7 @@ class Recipe:
     attention: Literal["auto", "flex", "sdpa"] = _option(
         "auto", "flex needs a GPU and no dense mask, sdpa runs anywhere; auto takes flex on a GPU."
     )
+    compile_layers: bool = _option(False, "Compile the model's layers: a slow start, then faster steps.")
     gradient_checkpointing: bool = _option(False, "Compute activations again instead of keeping them.")
     eval_every: int = _option(100, "Steps between measurements on eval_data.")
     eval_samples: int = _option(100, "Examples of each eval_data file that are measured.")

@@ -15,7 +15,7 @@ from rag_blockcache.finetuning.card import write_card
 from rag_blockcache.finetuning.curves import HISTORY_FILE, History, draw_curves, write_history
 from rag_blockcache.finetuning.examples import DataFile
 from rag_blockcache.finetuning.network import Trainee
-from rag_blockcache.finetuning.packing import IGNORED
+from rag_blockcache.finetuning.packing import IGNORED, Row
 from rag_blockcache.finetuning.recipe import Recipe
 from rag_blockcache.finetuning.rows import TrainingRows
 from rag_blockcache.training_record import TrainingRecord
@@ -70,7 +70,8 @@ def record_of(
             "samples": sum(row.num_samples for row in data.rows),
             "questions": sum(row.num_questions for row in data.rows),
             "tokens": sum(len(row.token_ids) for row in data.rows),
-            "answer_tokens": sum(int((row.labels != IGNORED).sum()) for row in data.rows),
+            "answer_tokens": sum(_num_learned(row, of_text=False) for row in data.rows),
+            "text_tokens": sum(_num_learned(row, of_text=True) for row in data.rows),
         },
         versions={name: _version(name) for name in _PACKAGES},
     )
@@ -102,6 +103,10 @@ def read_results(out: Path) -> TrainingReport:
         hardware=content["hardware"],
         seconds=content["seconds"],
     )
+
+
+def _num_learned(row: Row, *, of_text: bool) -> int:
+    return int(((row.labels != IGNORED) & (row.is_text == of_text)).sum())
 
 
 def _history(logged: Sequence[Mapping[str, float]]) -> History:

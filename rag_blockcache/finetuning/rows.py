@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.finetuning.companions import Companions, SharedPassages
-from rag_blockcache.finetuning.examples import DataFile, Example
+from rag_blockcache.finetuning.examples import DataFile, Example, TextExample
 from rag_blockcache.finetuning.order import Draw, draws
 from rag_blockcache.finetuning.packing import Row, pack
-from rag_blockcache.finetuning.recipe import Recipe
+from rag_blockcache.finetuning.recipe import Mode, Recipe
 from rag_blockcache.finetuning.samples import Sample, SampleMaker
 
 _CHUNK = 64  # draws that one process makes samples of at a time
@@ -94,7 +94,9 @@ def held_out_rows(recipe: Recipe, files: Iterable[DataFile], maker: SampleMaker)
     for file in files:
         count = min(recipe.eval_samples, len(file.examples))
         for index in random.Random(f"held out {file.name}").sample(range(len(file.examples)), count):
-            samples += [maker.make(file.examples[index], mode, None) for mode in ("block", "full")]
+            example = file.examples[index]
+            modes: tuple[Mode, ...] = ("full",) if isinstance(example, TextExample) else ("block", "full")
+            samples += [maker.make(example, mode, None) for mode in modes]
     return list(pack([sample for sample in samples if sample is not None], recipe.row_tokens))
 
 
@@ -109,7 +111,7 @@ class _Source:
     max_tokens: int
 
     def samples(self) -> Iterator[tuple[Draw, list[Sample | None]]]:
-        """Yield each draw with its samples, one for each mode of the recipe."""
+        """Yield each draw with its samples, one for each mode of the recipe; of text there is one."""
         order = draws(
             [len(examples) for examples in self.examples], balance=self.recipe.balance, seed=self.recipe.seed
         )
@@ -144,6 +146,8 @@ class _Make:
 
     def __call__(self, draw: Draw) -> list[Sample | None]:
         example = self._source.examples[draw.file][draw.example]
+        if isinstance(example, TextExample):  # a mode would change nothing
+            return [self._maker.make(example, "full", None)]
         made = []
         for turn, mode in enumerate(self._source.recipe.mode_pair):
             source = random.Random(f"{self._source.recipe.seed} {draw.number} {turn}")

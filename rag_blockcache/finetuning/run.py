@@ -134,6 +134,7 @@ def _trainer(
         masks=trainee.masks,
         distill=recipe.distill,
         teaches_itself=recipe.teacher == "itself",
+        has_base=recipe.is_adapter,
     )
     trainer.remove_callback(PrinterCallback)  # prints on stdout
     evaluations.trainer = trainer

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rag_blockcache.finetuning.companions import Companions
-from rag_blockcache.finetuning.examples import ChatExample, Example, QuestionExample
+from rag_blockcache.finetuning.examples import ChatExample, Example, QuestionExample, TextExample
 from rag_blockcache.finetuning.recipe import Mode
 from rag_blockcache.passage_format import PassageFormat
 from rag_blockcache.passages import Excerpt, Passage
@@ -28,6 +28,8 @@ Ints = NDArray[np.int32]
 class Sample:
     """A prompt and its answer, or several that begin alike: behind the same passages, each its own branch.
 
+    General text is a sample too, without a branch, under full attention.
+
     Attributes:
         token_ids: ``(num_tokens,)``: what the prompts have in common, then branch by branch the rest of a
             prompt and its answer.
@@ -37,7 +39,8 @@ class Sample:
             which sees everything before it. All 0 under full attention.
         branch_ids: ``(num_tokens,)``: the number of the branch that a token belongs to, from 1, or 0 for what
             they have in common. No branch sees another.
-        is_answer: ``(num_tokens,)``, bool: the tokens of answers, with those that end them.
+        is_learned: ``(num_tokens,)``, bool: the tokens of answers, with those that end them; of general text
+            all but the first.
         mode: Under which attention it is learned.
         file: Index of the file that its examples are from.
     """
@@ -46,9 +49,14 @@ class Sample:
     positions: Ints
     block_ids: Ints
     branch_ids: Ints
-    is_answer: NDArray[np.bool_]
+    is_learned: NDArray[np.bool_]
     mode: Mode
     file: int = 0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is general text."""
+        return not self.num_questions
 
     @property
     def num_questions(self) -> int:
@@ -78,7 +86,7 @@ class SampleMaker:
         min_passages: int,
         max_tokens: int,
     ) -> None:
-        self._prompt = Prompt(tokenizer, passage_format, preamble)
+        self._tokenizer, self._prompt = tokenizer, Prompt(tokenizer, passage_format, preamble)
         self._closing = tuple(closing)
         self._min_passages, self._max_tokens = min_passages, max_tokens
 
@@ -100,8 +108,11 @@ class SampleMaker:
                 that of the example alone.
 
         Returns:
-            The sample; passages that nothing rests on are left out until it fits. None if it never does.
+            The sample; passages that nothing rests on are left out until it fits, and text is cut. None if
+            it never does.
         """
+        if isinstance(example, TextExample):
+            return self._text(example)
         if isinstance(example, ChatExample):
             chat = Chat(messages=example.messages)
             segments = self._prompt.chat_segments(chat, _Paragraphs(example))
@@ -123,6 +134,13 @@ class SampleMaker:
         segments = self._prompt.segments(example.question, example.passages)
         token_ids = [token for segment in segments for token in segment.token_ids]
         return token_ids if len(token_ids) + room <= self._max_tokens else None
+
+    def _text(self, example: TextExample) -> Sample | None:
+        token_ids = np.array(self._tokenizer(example.text).input_ids[: self._max_tokens], dtype=np.int32)
+        if len(token_ids) < 2:  # there is nothing to foretell
+            return None
+        places, none = np.arange(len(token_ids), dtype=np.int32), np.zeros(len(token_ids), dtype=np.int32)
+        return Sample(token_ids, places, none, none, is_learned=places > 0, mode="full")
 
     def _asked(
         self, examples: Sequence[QuestionExample], passages: Sequence[Passage], mode: Mode
@@ -156,14 +174,14 @@ class SampleMaker:
         shared = [token for segment in common for token in segment.token_ids]
         own = [token for branch in branches for token in (*branch.asked, *branch.answer)]
         behind = [np.arange(num_common, num_common + length) for length in num_own]
-        is_answer = [[False] * num_common]
-        is_answer += [[False] * len(branch.asked) + [True] * len(branch.answer) for branch in branches]
+        is_learned = [[False] * num_common]
+        is_learned += [[False] * len(branch.asked) + [True] * len(branch.answer) for branch in branches]
         return Sample(
             token_ids=np.array([*shared, *own], dtype=np.int32),
             positions=np.concatenate([np.arange(num_common), *behind]).astype(np.int32),
             block_ids=np.repeat(np.array([*numbers, 0], dtype=np.int32), [*lengths, sum(num_own)]),
             branch_ids=np.repeat(np.arange(len(branches) + 1, dtype=np.int32), [num_common, *num_own]),
-            is_answer=np.concatenate(is_answer).astype(np.bool_),
+            is_learned=np.concatenate(is_learned).astype(np.bool_),
             mode=mode,
         )
 
