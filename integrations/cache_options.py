@@ -36,7 +36,7 @@ class CacheOptions(BaseModel):
     codec: str = Field(default="none", description="How blocks are kept: none (exactly), int8 or int4.")
     guard_rate: float = Field(default=0.0, description="Share of answers compared with full attention.")
     guard_threshold: float = Field(default=THRESHOLD, description="Divergence allowed, in nats a token.")
-    cuda_graphs: bool = Field(default=False, description="Experimental; see BlockCache.")
+    cuda_graphs: bool = Field(default=True, description="CUDA graphs for short passes; see BlockCache.")
 
     @field_validator("cache_dir", "adapter", mode="before")
     @classmethod

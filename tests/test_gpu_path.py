@@ -3,6 +3,7 @@
 Kernels also run on a CPU, interpreted, where Triton is installed and TRITON_INTERPRET=1 is set.
 """
 
+import copy
 import importlib.util
 import os
 import threading
@@ -18,6 +19,7 @@ from rag_blockcache.assembler import Context, Placement
 from rag_blockcache.evaluation.latency import measure_latency
 from rag_blockcache.generator import Computed, prefill
 from rag_blockcache.gpu.network_state import NetworkState
+from rag_blockcache.gpu.norms import FusedNorms
 from rag_blockcache.gpu.staging import Staging, cut, staged_bytes
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.model import Model
@@ -469,6 +471,70 @@ def test_an_adapter_that_is_switched_is_noticed():
     assert state.is_current()
     layers[0].merge()
     assert not state.is_current()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", DEVICES[0]])
+@pytest.mark.parametrize("name", architectures.ACCEPTED)
+@torch.no_grad()
+def test_fused_norms_give_the_logits_of_a_models_own(device, name, dtype):
+    network, tokens = architectures.accepted(name).to(device), torch.arange(40, device=device)[None] % 30
+    for module in network.modules():
+        if "Norm" in type(module).__name__:
+            for parameter in module.parameters():
+                parameter.uniform_(0.5, 2.0).copy_(parameter.bfloat16())
+    exact = copy.deepcopy(network).bfloat16().float()(tokens).logits
+    network = network.to(dtype)
+    norms, expected = FusedNorms(network), network(tokens).logits
+    with norms.used():
+        found = network(tokens).logits
+    if dtype == torch.float32:
+        assert relative(found, expected) < 1e-5
+    else:  # in so small a type rounding differs, and is no worse
+        assert relative(found, exact) < 1.5 * relative(expected, exact)
+    assert torch.equal(network(tokens).logits, expected)  # nothing is left behind
+    shown = [type(module).__name__ for module, _ in norms.found]
+    if name == "llama":
+        assert len(shown) == 2 * network.config.num_hidden_layers + 1
+
+
+class Centred(nn.Module):
+    """What looks like an RMS norm and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(16)), 1e-6
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+class Shifted(Centred):
+    """A norm as Gemma has it."""
+
+    def forward(self, x):
+        return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+class Own(Centred):
+    """An RMS norm."""
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+def test_what_is_no_rms_norm_is_left_alone_and_so_is_one_that_somebody_stands_in_for():
+    own = Own()
+    network = nn.Sequential(Centred(), own, Shifted(), nn.LayerNorm(16), nn.Linear(16, 16))
+    norms = FusedNorms(network)
+    assert [module for module, _ in norms.found] == [own]
+    assert FusedNorms(nn.Sequential(nn.RMSNorm(16, eps=1e-5))).found
+    own.forward = lambda x: -x  # such as a hook of accelerate
+    with norms.used():
+        assert torch.equal(own(torch.ones(2, 16)), -torch.ones(2, 16))
+    assert torch.equal(own(torch.ones(2, 16)), -torch.ones(2, 16))
+    assert not FusedNorms(network).found
 
 
 def test_hooks_are_noticed_and_a_pass_of_transformers_leaves_none(tiny_model):

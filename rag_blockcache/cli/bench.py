@@ -59,8 +59,8 @@ def latency(
     ),
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at each length, after one to warm up.")] = 5,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="Experimental: graphs and kernels of our own on a GPU.")
-    ] = False,
+        bool, typer.Option(help="On a GPU, run short passes as graphs, with kernels of our own.")
+    ] = True,
     text: TextFile = None,
     directory: Directory = None,
     device: Device = None,
@@ -80,7 +80,7 @@ def latency(
     from rag_blockcache.evaluation.shapes import open_model
 
     opened = open_model(model, shape, device=device, dtype=dtype)
-    opened.cuda_graphs = cuda_graphs
+    opened.cuda_graphs = cuda_graphs and opened.device.type == "cuda"
     report = measure_latency(
         opened,
         lengths=lengths,

@@ -27,6 +27,7 @@ from rag_blockcache import attention as grouped_attention
 from rag_blockcache.gpu import DTYPES, LayeredStates
 from rag_blockcache.gpu.attention import Slots, attend, write_states
 from rag_blockcache.gpu.network_state import NetworkState
+from rag_blockcache.gpu.norms import FusedNorms
 from rag_blockcache.model import Model
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Passes:
         self._graphs: dict[int, _Graph] = {}
         self._num_seen: Counter[int] = Counter()
         self._state: NetworkState | None = None
+        self._norms: FusedNorms | None = None
         self._done: torch.cuda.Event | None = None
 
     def run(
@@ -73,7 +75,8 @@ class Passes:
                 if not is_possible:
                     return None
                 self._wait()
-                logits = self._run(model, context, token_ids, positions, num_logits)
+                with self._norms_of(model).used():
+                    logits = self._run(model, context, token_ids, positions, num_logits)
                 self._done = _recorded(self._device)
                 return logits
         except torch.OutOfMemoryError:
@@ -87,7 +90,7 @@ class Passes:
     def _run(
         self, model: Model, context: LayeredStates, token_ids: Tensor, positions: Tensor, num_logits: int
     ) -> Tensor:
-        size = bucket_of(len(positions)) if num_logits == 1 and self._can_capture(model) else None
+        size = bucket_of(len(positions)) if num_logits == 1 and self._can_capture() else None
         if size in self._graphs:
             return self._graphs[size].replay(context, token_ids, positions)
         inputs = _Inputs(size or len(positions), self._num_layers, self._device)
@@ -100,13 +103,16 @@ class Passes:
         logits, self._graphs[size] = _captured(model, inputs)
         return logits
 
-    def _can_capture(self, model: Model) -> bool:
-        """Let go of graphs that read other weights than those in use, or run other modules."""
-        if self._state is None or not self._state.is_current():
+    def _norms_of(self, model: Model) -> FusedNorms:
+        """Return the norms; graphs that read other weights than those in use, or run other modules, go."""
+        if self._norms is None or self._state is None or not self._state.is_current():
             self._graphs.clear()
             self._num_seen.clear()
-            self._state = NetworkState(model.network)
-        return self._device.type == "cuda" and not self._state.has_hooks
+            self._state, self._norms = NetworkState(model.network), FusedNorms(model.network)
+        return self._norms
+
+    def _can_capture(self) -> bool:
+        return self._device.type == "cuda" and self._state is not None and not self._state.has_hooks
 
     def _wait(self) -> None:
         """Wait until the pass before has read its inputs: it may run on another stream."""
