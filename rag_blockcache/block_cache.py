@@ -31,7 +31,7 @@ from rag_blockcache.break_even import BreakEven
 from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
-from rag_blockcache.guard import THRESHOLD, GuardStatus, start_guard, status_of
+from rag_blockcache.guard import THRESHOLD, GuardStatus, check_guard, start_guard, status_of
 from rag_blockcache.kept_contexts import KeptContexts
 from rag_blockcache.kv_states import BlockStates
 from rag_blockcache.loading import load_model
@@ -131,6 +131,7 @@ class BlockCache:
         cuda_graphs: bool = True,
     ) -> None:
         form = codec_named(codec)  # a mistake shows before the model is loaded
+        check_guard(guard_rate, guard_threshold)
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
         self.model.cuda_graphs = cuda_graphs
         check_reuse(self.model)
@@ -499,7 +500,8 @@ class BlockCache:
     def _pays(self, plan: Plan) -> bool:
         """Return whether what a plan reuses is sooner than computing everything."""
         num_chosen, num_looked = expected_work(self.model, plan)
-        return self._break_even.pays(plan.num_placed - num_chosen, num_looked)
+        num_reused = plan.num_placed - num_chosen
+        return self._break_even.pays(num_reused, plan.num_tokens - num_reused, num_looked)
 
     def _prefill(
         self, plans: Sequence[Plan], *, room: int = 0, num_logits: int = 1, continues: bool = False

@@ -16,6 +16,7 @@ from rag_blockcache.model import Model
 
 _SHORT = 8
 _LONG = {"cpu": 32, "cuda": 512}  # a GPU needs more tokens before it takes longer for them
+_BESIDE_PLACED = 0.15  # what a token takes longer where not all slots are computed, as a share of its time
 _LOOKUP_SECONDS = 0.0005  # a look-up and a memory map, each block of a request included
 
 
@@ -41,17 +42,19 @@ class BreakEven:
         self._model = model
         self._costs = self._measure()
 
-    def pays(self, num_reused: int, num_looked: int = 0) -> bool:
+    def pays(self, num_reused: int, num_computed: int = 0, num_looked: int = 0) -> bool:
         """Return whether reusing tokens is sooner than computing them.
 
         Args:
             num_reused: Tokens that are placed and not computed again.
+            num_computed: All other tokens of the prompt.
             num_looked: Tokens of a pass that only chooses what to compute again; 0 if there is none.
         """
         costs = self._costs
         if costs is None or not num_reused:
             return False
         spent = _LOOKUP_SECONDS + costs.placing + num_reused * costs.placing_token
+        spent += _BESIDE_PLACED * num_computed * costs.forward_token
         if num_looked:
             spent += costs.forward + num_looked * costs.forward_token
         return spent <= num_reused * costs.forward_token

@@ -239,16 +239,20 @@ def _as_planned(plan: Plan) -> Plan:
     )
 
 
-def start_guard(model: Model, auto: AutoPolicy, *, rate: float, threshold: float) -> Guard | None:
-    """Return a guard; None if the rate is 0.
+def check_guard(rate: float, threshold: float) -> None:
+    """Refuse options that no guard can have.
 
     Raises:
-        InvalidInputError: If rate or threshold is out of bounds.
+        InvalidInputError: If the rate or the threshold is out of bounds.
     """
     if not 0 <= rate <= 1:
         raise InvalidInputError(f"guard_rate is {rate}; give a share of answers from 0 to 1, such as 0.01")
     if not 0 < threshold < math.inf:
         raise InvalidInputError(f"guard_threshold is {threshold}; give nats a token above 0, such as 0.1")
+
+
+def start_guard(model: Model, auto: AutoPolicy, *, rate: float, threshold: float) -> Guard | None:
+    """Return a guard; None if the rate is 0."""
     return Guard(model, auto, rate=rate, threshold=threshold) if rate else None
 
 

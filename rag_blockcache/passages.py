@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from rag_blockcache.errors import InvalidInputError
@@ -87,11 +88,15 @@ def block_id(token_ids: Sequence[int], *, fingerprint: str, conditioned_on: Sequ
     Returns:
         32 hexadecimal digits of BLAKE2b. Two blocks with one name are the same.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([fingerprint, len(conditioned_on), len(token_ids)]).encode())
-    for run in (conditioned_on, token_ids):  # as text, they would take longer than all else at 32K tokens
-        digest.update(struct.pack(f"<{len(run)}q", *run))
-    return digest.hexdigest()
+    # Hundreds of names stand before a first token; tokens as text would take longer than all else at 32K.
+    head = f"[{_quoted(fingerprint)}, {len(conditioned_on)}, {len(token_ids)}]".encode()
+    runs = [struct.pack(f"<{len(run)}q", *run) for run in (conditioned_on, token_ids) if run]
+    return hashlib.blake2b(b"".join((head, *runs)), digest_size=16).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _quoted(text: str) -> str:
+    return json.dumps(text)
 
 
 def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:

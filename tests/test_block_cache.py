@@ -674,8 +674,15 @@ def test_a_look_must_pay_off_too(tiny_cache):
     break_even._costs = _Costs(forward=0.04, forward_token=0.001, placing=0.001, placing_token=0.0)
     assert break_even.pays(2)
     assert not break_even.pays(1)
-    assert not break_even.pays(50, 10)
-    assert break_even.pays(60, 10)
+    assert not break_even.pays(50, num_looked=10)
+    assert break_even.pays(60, num_looked=10)
+
+
+def test_what_is_computed_beside_placed_tokens_takes_longer_and_must_pay_off_too(tiny_cache):
+    break_even = tiny_cache._break_even
+    break_even._costs = _Costs(forward=0.04, forward_token=0.001, placing=0.001, placing_token=0.0)
+    assert break_even.pays(60, 300)
+    assert not break_even.pays(60, 500)
 
 
 @pytest.mark.parametrize(

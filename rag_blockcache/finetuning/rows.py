@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.context import BaseContext
 
 from transformers import PreTrainedTokenizerBase
 
@@ -121,9 +122,7 @@ class _Source:
             return
         chunks = iter(lambda: list(itertools.islice(order, _CHUNK)), [])
         packed = pickle.dumps(self)  # once, and not once for each process
-        with ProcessPoolExecutor(
-            self.recipe.workers, multiprocessing.get_context("spawn"), _start_worker, (packed,)
-        ) as pool:
+        with ProcessPoolExecutor(self.recipe.workers, _process_context(), _start_worker, (packed,)) as pool:
             ahead: deque[tuple[list[Draw], Future[list[list[Sample | None]]]]] = deque()
             try:
                 for chunk in chunks:
@@ -154,6 +153,15 @@ class _Make:
             companions = Companions(self._shared[draw.file], self._most, source) if self._most else None
             made.append(self._maker.make(example, mode, source, companions))
         return made
+
+
+def _process_context() -> BaseContext:
+    """Return how processes are started: where that can be, from one that has imported all this once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 _make: _Make | None = None  # of this process, if it is a worker
