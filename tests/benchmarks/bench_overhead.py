@@ -46,7 +46,9 @@ COLUMNS = {
 _ASKED = "What do these passages say?"
 
 
-def overheads(cache: BlockCache, request: Question | Text, repeats: int) -> tuple[list[float], list[float], int]:
+def overheads(
+    cache: BlockCache, request: Question | Text, repeats: int
+) -> tuple[list[float], list[float], int]:
     """Return for each call the seconds beside the model, those of the model, and the length of the prompt."""
     beside, inside = [], []
     for number in range(3 + repeats):
