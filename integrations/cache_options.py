@@ -27,7 +27,7 @@ class CacheOptions(BaseModel):
     adapter: str | None = Field(default=None, description="A PEFT adapter to load into the model.")
     preamble: str | None = Field(default=None, description="Text before passages that no prompt holds yet.")
     passage_format: Any = Field(default="verbatim", description="How documents are shown; see BlockCache.")
-    condition_on_preamble: bool = Field(default=False, description="Let blocks attend to the preamble.")
+    blocks_see: str | None = Field(default=None, description="What blocks attend to; see BlockCache.")
     disk_budget_bytes: int | None = Field(default=None, description="Bound of the blocks on disk.")
     memory_budget_bytes: int | None = Field(default=4 * 2**30, description="Bound of the blocks in memory.")
     context_budget_bytes: int = Field(default=2**30, description="Bound of contexts kept of answers.")

@@ -28,6 +28,7 @@ from rag_blockcache.async_answers import AsyncAnswerStream
 from rag_blockcache.auto_policy import AutoPolicy
 from rag_blockcache.block_source import Admission, BlockSource
 from rag_blockcache.break_even import BreakEven
+from rag_blockcache.conditioning import STAND_INS, choose_sight
 from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
@@ -74,8 +75,11 @@ class BlockCache:
         preamble: Text before the passages; None takes that of the passage format.
         passage_format: How passages are shown: ``"paper"``, ``"plain"``, ``"template"`` (the chat template's
             own ``documents``), or a ``PassageFormat``.
-        condition_on_preamble: Let each block also attend to the preamble, which is better on models that
-            were not block-fine-tuned, and a departure from the paper's mask.
+        blocks_see: What a block attends to beside itself: nothing, as in the paper (``"themselves"``); the
+            ``"preamble"`` of its prompt, so that it serves prompts with that preamble alone; or
+            ``"stand-ins"``, short texts in the place of other passages, the same for every prompt. None takes
+            the paper's for a model that was block-fine-tuned, and stand-ins for any other, whose answers are
+            much closer to full attention with them.
         disk_budget_bytes: The least valuable blocks go when it is full. It is recorded in the directory; None
             keeps what is on record, which at first is no bound.
         memory_budget_bytes: Likewise for blocks held in memory; None sets no bound.
@@ -119,7 +123,7 @@ class BlockCache:
         adapter: str | Path | None = None,
         preamble: str | None = None,
         passage_format: str | PassageFormat = "paper",
-        condition_on_preamble: bool = False,
+        blocks_see: str | None = None,
         disk_budget_bytes: int | None = None,
         memory_budget_bytes: int | None = 4 * 2**30,
         context_budget_bytes: int = 2**30,
@@ -138,8 +142,9 @@ class BlockCache:
         self.tokenizer = self.model.tokenizer
         self.codec = codec
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
+        self.blocks_see = choose_sight(blocks_see, is_block_fine_tuned=self.model.is_block_fine_tuned)
         can_be_observed = self.model.can_be_observed
-        shown = [asdict(self.prompt.format), self.prompt.preamble, condition_on_preamble, codec]
+        shown = [asdict(self.prompt.format), self.prompt.preamble, self.blocks_see, codec]
         self.auto_policy = AutoPolicy(
             directory,
             default=choose_policy(self.model.is_block_fine_tuned, can_be_observed=can_be_observed),
@@ -160,7 +165,8 @@ class BlockCache:
             self.model,
             self.store,
             fingerprint=self.fingerprint,
-            condition_on_preamble=condition_on_preamble,
+            blocks_see=self.blocks_see,
+            stand_ins=self.prompt.run_of_passages(STAND_INS),
             admission=admission,
             codec=form,
         )
@@ -169,7 +175,7 @@ class BlockCache:
         self._break_even = BreakEven(self.model)
         self._kept = KeptContexts(self.model, context_budget_bytes)
         # Every prompt needs it; those of other system prompts come and go like passages.
-        self.store.pin([self._blocks.block(self._planner.usual_preamble()).block_id])
+        self.store.pin([self._blocks.preamble_block(self._planner.usual_preamble()).block_id])
 
     def __enter__(self) -> BlockCache:
         return self

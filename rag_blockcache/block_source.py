@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
+from rag_blockcache.conditioning import BlocksSee
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.kv_states import BlockStates, KVStates
@@ -29,7 +30,8 @@ class BlockSource:
         model: Encodes what is missing.
         store: Keeps what was encoded.
         fingerprint: All that states depend on beside tokens.
-        condition_on_preamble: Whether blocks also attend to the preamble of their prompt.
+        blocks_see: What blocks attend to beside themselves; see ``conditioning``.
+        stand_ins: Tokens of the stand-ins for other passages; used if ``blocks_see`` says so.
         admission: What becomes of blocks that an answer needed and nobody had prefilled: ``always`` stores
             them, ``frequency`` keeps them in memory and stores them at their second use, ``off`` drops them.
         codec: Form in which blocks are kept, and used: what was just encoded is no nearer to the model than
@@ -45,7 +47,8 @@ class BlockSource:
         store: TieredStore,
         *,
         fingerprint: str,
-        condition_on_preamble: bool = False,
+        blocks_see: BlocksSee = "themselves",
+        stand_ins: Sequence[int] = (),
         admission: Admission = "always",
         codec: type[BlockStates] = KVStates,
     ) -> None:
@@ -53,16 +56,39 @@ class BlockSource:
             raise InvalidInputError(f"admission {admission!r} is unknown; use one of {get_args(Admission)}")
         self.model, self.store = model, store
         self.fingerprint = fingerprint
-        self.condition_on_preamble = condition_on_preamble
+        self.blocks_see, self._stand_ins = blocks_see, tuple(stand_ins)
         self.admission = admission
         self.codec = codec
         self._on_probation: dict[str, float] = {}  # in memory alone: seconds to encode, by name
+        self._stand_in_states: dict[str, KVStates] = {}  # by regime; encoded anew in each process
 
     def block(self, token_ids: Sequence[int], *, preamble: Sequence[int] = (), regime: str = "") -> Block:
-        """Name a block of these tokens in a prompt with this preamble."""
-        seen = preamble if self.condition_on_preamble else ()
+        """Name the block of a passage in a prompt with this preamble."""
+        seen = self.seen_by(token_ids, preamble=preamble, regime=regime)
+        return self._named(token_ids, regime, seen)
+
+    def preamble_block(self, preamble: Sequence[int], *, regime: str = "") -> Block:
+        """Name the block of a preamble, which has nothing before it."""
+        return self._named(preamble, regime)
+
+    def _named(self, token_ids: Sequence[int], regime: str, seen: Sequence[int] = ()) -> Block:
         named = f"{self.fingerprint}/{regime}"
         return Block(tuple(token_ids), block_id(token_ids, fingerprint=named, conditioned_on=seen))
+
+    def seen_by(
+        self, token_ids: Sequence[int], *, preamble: Sequence[int], regime: str = ""
+    ) -> Sequence[int]:
+        """Return the tokens that the block of a passage attends to before its own.
+
+        One that would not fit behind stand-ins, or not with the same rotary frequencies, sees itself alone.
+        """
+        if self.blocks_see == "preamble":
+            return preamble
+        length = len(self._stand_ins) + len(token_ids)
+        is_usual = regime != "" or self.model.regime(length) == ""
+        if self.blocks_see == "stand-ins" and length <= self.model.max_length and is_usual:
+            return self._stand_ins
+        return ()
 
     def num_bytes(self, num_tokens: int) -> int:
         """Return the size of the states of a block of so many tokens."""
@@ -108,21 +134,34 @@ class BlockSource:
         self, blocks: Sequence[Block], preamble: Sequence[int] = (), regime: str = ""
     ) -> Iterator[tuple[dict[str, BlockStates], float]]:
         """Yield the states of blocks a batch at a time, with the seconds that each batch took."""
-        before = None
-        if self.condition_on_preamble and preamble and blocks:
-            before = self._preamble(preamble, regime, self.admission).unpack()
-        start = time.perf_counter()
-        token_ids = [block.token_ids for block in blocks]
-        for batch in encode_blocks(self.model, token_ids, conditioned_on=before, regime=regime):
-            states = {blocks[index].block_id: self.codec.pack(states) for index, states in batch}
-            yield states, time.perf_counter() - start
+        alike: dict[Sequence[int], list[Block]] = {}
+        for block in blocks:
+            seen = tuple(self.seen_by(block.token_ids, preamble=preamble, regime=regime))
+            alike.setdefault(seen, []).append(block)
+        for what, members in alike.items():
+            before = self._before(what, regime)
             start = time.perf_counter()
+            token_ids = [block.token_ids for block in members]
+            for batch in encode_blocks(self.model, token_ids, conditioned_on=before, regime=regime):
+                states = {members[index].block_id: self.codec.pack(states) for index, states in batch}
+                yield states, time.perf_counter() - start
+                start = time.perf_counter()
+
+    def _before(self, seen: Sequence[int], regime: str) -> KVStates | None:
+        """Return the states that blocks attend to before their own; None for none."""
+        if not seen:
+            return None
+        if self.blocks_see == "preamble":
+            return self._preamble(seen, regime, self.admission).unpack()
+        if regime not in self._stand_in_states:
+            [[(_, self._stand_in_states[regime])]] = encode_blocks(self.model, [seen], regime=regime)
+        return self._stand_in_states[regime]
 
     def _preamble(
         self, preamble: Sequence[int], regime: str, admission: Admission, *, is_shared: bool = True
     ) -> BlockStates:
         """Return the states of a preamble; one that few prompts share is not stored at its first use."""
-        name = self.block(preamble, regime=regime).block_id
+        name = self.preamble_block(preamble, regime=regime).block_id
         states = self.store.get(name)
         if states is None:
             start = time.perf_counter()

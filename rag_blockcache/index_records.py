@@ -26,7 +26,7 @@ class IndexSettings:
         dtype: What the model computes in, ``"bfloat16"`` say; empty for the model's own.
         preamble: Text before the passages, in every prompt; empty for none.
         codec: How blocks are kept, see ``BlockCache``.
-        condition_on_preamble: Whether blocks also attend to the preamble.
+        blocks_see: What blocks attend to beside themselves, see ``conditioning``.
     """
 
     model: str
@@ -38,21 +38,21 @@ class IndexSettings:
     dtype: str = ""
     preamble: str = ""
     codec: str = "none"
-    condition_on_preamble: bool = False
+    blocks_see: str = "themselves"
 
     @classmethod
     def from_record(cls, texts: Mapping[str, str]) -> IndexSettings:
         """Return settings from their texts on record; what an older index does not say has its default."""
         given: dict[str, Any] = dict(texts)
-        given["condition_on_preamble"] = given.get("condition_on_preamble") == "1"
+        if given.pop("condition_on_preamble", "0") == "1":  # as it was called before there were stand-ins
+            given["blocks_see"] = "preamble"
         return cls(**given)
 
     @property
     def conditioning(self) -> str:
         """What blocks attend to beside themselves, by the options that say so."""
-        if not self.condition_on_preamble:
-            return "condition_on_preamble=False"
-        return f"condition_on_preamble=True and the preamble {self.preamble!r}"
+        seen = f"blocks_see={self.blocks_see!r}"
+        return f"{seen} and the preamble {self.preamble!r}" if self.blocks_see == "preamble" else seen
 
 
 @dataclass(frozen=True)

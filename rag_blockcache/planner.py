@@ -156,5 +156,5 @@ class Planner:
             if segment.kind == "passage" and len(segment.block_tokens) <= self._model.max_length
         }
         if preamble:
-            named[0] = self._blocks.block(preamble, regime=regime)
+            named[0] = self._blocks.preamble_block(preamble, regime=regime)
         return named

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -86,6 +86,12 @@ class Prompt:
         if not token_ids:
             raise InvalidInputError(f"the tokenizer makes no tokens of passage {shown[:40]!r}; leave it out")
         return token_ids
+
+    def run_of_passages(self, passages: Sequence[Passage]) -> tuple[int, ...]:
+        """Return the tokens of passages one behind the other, as a prompt of nothing else would begin."""
+        separator = self._encoder.text(self.format.separator)
+        runs = ((*self.passage_tokens(passage), *separator) for passage in passages)
+        return tuple(chain(self._encoder.template(self._encoder.start, is_start=True), *runs))
 
     def text_tokens(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text that continues a prompt; control tokens in it are text."""

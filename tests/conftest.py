@@ -68,10 +68,12 @@ def tiny_model() -> PreTrainedModel:
 
 @pytest.fixture
 def tiny_cache(tiny_model, tiny_tokenizer, tmp_path) -> Iterator[object]:
-    """A BlockCache over the tiny model, on disk in a folder of the test's own."""
+    """A BlockCache of the paper's blocks over the tiny model, on disk in a folder of the test's own."""
     from rag_blockcache import BlockCache
 
-    with BlockCache(tiny_model, tmp_path / "cache", tokenizer=tiny_tokenizer) as cache:
+    with BlockCache(
+        tiny_model, tmp_path / "cache", tokenizer=tiny_tokenizer, blocks_see="themselves"
+    ) as cache:
         yield cache
 
 

@@ -41,7 +41,7 @@ class FakeCache:
             network=SimpleNamespace(name_or_path=f"models/{fingerprint}"),
         )
         self.prompt = SimpleNamespace(format=SimpleNamespace(name="paper"), preamble="")
-        self._blocks = SimpleNamespace(condition_on_preamble=False)
+        self.blocks_see = "themselves"
         self.encoded: list[str] = []
         self.registered: list[str] = []
         self.forgotten: list[str] = []

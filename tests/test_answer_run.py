@@ -244,7 +244,7 @@ def test_a_block_that_saw_the_preamble_stays_behind_it_where_it_is_not_moved(eng
 
 def test_arms_are_read_by_name():
     assert parse_arm("link-16/conditioned") == Arm(
-        "link-16/conditioned", "link-16", options={"condition_on_preamble": True}
+        "link-16/conditioned", "link-16", options={"blocks_see": "preamble"}
     )
     assert parse_arm("block/unmoved").moves_keys is False
     assert [arm.name for arm in parse_arms("block, full")] == ["full", "no-passages", "block"]

@@ -282,7 +282,7 @@ def test_memory_that_holds_anything_does_not_reach_a_batch(attention, tiny_token
 
 def test_a_batch_of_prompts_on_both_sides_of_a_longrope_bound_is_right(tiny_tokenizer):
     network = architectures.accepted("phi3-longrope")
-    cache = open_cache(network, tiny_tokenizer, preamble="", passage_format="plain")
+    cache = open_cache(network, tiny_tokenizer, preamble="", passage_format="plain", blocks_see="themselves")
     requests = [("Where? " * 20, ["Ada."]), ("Who?", ["Ada wrote."])]
     seen_scores = Seen()
     options = {"policy": "block", "max_new_tokens": 1, "logits_processor": LogitsProcessorList([seen_scores])}
@@ -473,7 +473,7 @@ def test_eight_threads_get_the_answers_of_one(tiny_model, tiny_tokenizer, tmp_pa
 
 def test_threads_do_not_disturb_rotary_angles_that_change_with_length(tiny_tokenizer):
     network = architectures.accepted("phi3-longrope")
-    cache = open_cache(network, tiny_tokenizer, preamble="", passage_format="plain")
+    cache = open_cache(network, tiny_tokenizer, preamble="", passage_format="plain", blocks_see="themselves")
     questions = ["Who?", "Where? " * 20]
     expected = [cache.first_logits(question, PASSAGES[:1], policy="block") for question in questions]
     wrong = []
@@ -493,7 +493,7 @@ def test_threads_do_not_disturb_rotary_angles_that_change_with_length(tiny_token
     assert not wrong
 
 
-@pytest.mark.parametrize("changed", ["salt", "weights", "dtype", "tokenizer", "conditioned"])
+@pytest.mark.parametrize("changed", ["salt", "weights", "dtype", "tokenizer", "preamble", "themselves"])
 def test_blocks_of_another_kind_are_misses(changed, tiny_model, tiny_tokenizer, tmp_path):
     with open_cache(tiny_model, tiny_tokenizer, tmp_path) as cache:
         cache.prefill(PASSAGES)
@@ -509,7 +509,7 @@ def test_blocks_of_another_kind_are_misses(changed, tiny_model, tiny_tokenizer, 
         tokenizer = byte_tokenizer()
         tokenizer.add_tokens(["another"])
     else:
-        options["condition_on_preamble"] = True
+        options["blocks_see"] = changed
     with open_cache(network, tokenizer, tmp_path, **options) as other:
         answer = other.generate("Who?", PASSAGES, policy="block", max_new_tokens=1)
         assert used(answer)[:2] == (0, 3)
@@ -623,7 +623,7 @@ def test_a_model_in_training_answers_without_dropout_and_goes_on_training(tiny_t
 def test_kinds_of_attention_and_numbers_are_served(attention, dtype, tiny_tokenizer):
     network = architectures.accepted("mistral-window", dtype)
     network.set_attn_implementation(attention)
-    cache = open_cache(network, tiny_tokenizer, preamble="", passage_format="plain")
+    cache = open_cache(network, tiny_tokenizer, preamble="", passage_format="plain", blocks_see="themselves")
     link, full = (cache.first_logits("Who?", PASSAGES, policy=policy) for policy in ("link-3", "full"))
     assert link.isfinite().all()
     assert full.isfinite().all()

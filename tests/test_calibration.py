@@ -93,7 +93,7 @@ def test_too_few_questions_choose_nothing_however_alike_they_came_out():
 
 def test_ways_behind_a_policy_add_up():
     arm = parse_arm("link-4/conditioned/int8")
-    assert (arm.policy, arm.options) == ("link-4", {"condition_on_preamble": True, "codec": "int8"})
+    assert (arm.policy, arm.options) == ("link-4", {"blocks_see": "preamble", "codec": "int8"})
     assert arm.moves_keys
     assert not parse_arm("block/unmoved/int4").moves_keys
 
@@ -325,14 +325,14 @@ def test_the_guard_of_a_directory_is_shown_and_reset(made, data, untimed, tiny_m
     assert "no policy had been given up" in run("guard", made, "--reset").stderr
 
 
-@pytest.mark.parametrize("options", [{}, {"codec": "int8", "condition_on_preamble": True}])
+@pytest.mark.parametrize("options", [{}, {"codec": "int8", "blocks_see": "preamble"}])
 def test_a_cache_without_an_index_is_calibrated_on_given_questions(
     options, tiny_model_path, data, untimed, tmp_path
 ):
     directory = tmp_path / "cache"
     with BlockCache(tiny_model_path, directory, passage_format="plain", **options) as cache:
         fingerprint, default = cache.model.fingerprint, cache.guard.policy
-    flags = ("--codec", "int8", "--condition-on-preamble") if options else ()
+    flags = ("--codec", "int8", "--blocks-see", "preamble") if options else ()
     given = ("--model", tiny_model_path, "--data", data, "--passage-format", "plain", *flags)
     found = run_json("calibrate", directory, *given, *SHORT, "--max-loss", 0)
     assert [each["policy"] for each in found["measured"]][-1] == "full"
@@ -357,7 +357,11 @@ def test_blocks_are_measured_as_the_index_keeps_them(corpus, models, data, untim
 
     monkeypatch.setattr(AnswerRun, "__init__", observed)
     found = run_json("calibrate", tmp_path / "packed", "--data", data, *SHORT)
-    assert arms == ["full", "no-passages", "block/int4", "link-4/int4", "link-16/int4"]
+    assert arms == [
+        "full",
+        "no-passages",
+        *(f"{name}/stand-ins/int4" for name in ("block", "link-4", "link-16")),
+    ]
     assert {each["policy"] for each in found["measured"]} == {"full", "block", "link-4", "link-16"}
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rag_blockcache import BlockCache, Passage
+from rag_blockcache import BlockCache, Passage, block_cache
 from rag_blockcache.assembler import Placement
 from rag_blockcache.passage_format import PassageFormat
 
@@ -80,7 +80,54 @@ def windows_of(network):
     return {kind: config.sliding_window if kind == "sliding_attention" else None for kind in types}
 
 
+@torch.inference_mode()
+def prefill_behind_stand_ins(network, stand_ins, segments, windows):
+    """Return the last logits of one pass in which each passage has stand-ins of its own before it.
+
+    Stand-ins lie at the positions before their passage, those of other segments or not, and only their
+    passage sees them. A rotary model reads distances alone, so all positions are moved behind the longest.
+    """
+    preamble, *passages, question = segments
+    runs = [(0, "preamble", preamble)]  # first position, what it is, tokens
+    place = len(preamble)
+    for index, passage in enumerate(passages):
+        runs += [
+            (place - len(stand_ins), f"stand-ins {index}", stand_ins),
+            (place, f"passage {index}", passage),
+        ]
+        place += len(passage)
+    runs.append((place, "question", question))
+    token_ids = torch.tensor([token for _, _, tokens in runs for token in tokens])[None]
+    positions = torch.cat([torch.arange(start, start + len(tokens)) for start, _, tokens in runs])
+    owners = [what for _, what, tokens in runs for _ in tokens]
+
+    def sees(one, other):
+        if one == "question":
+            return not other.startswith("stand-ins")
+        return one == other or one.replace("passage", "stand-ins") == other
+
+    kinds = {pair: sees(*pair) for pair in {(one, other) for one in set(owners) for other in set(owners)}}
+    seen = torch.tensor([[kinds[one, other] for other in owners] for one in owners])
+    behind = positions[:, None] - positions
+    found = {}
+    for layer_type, window in windows.items():
+        mask = seen & (behind >= 0) & (behind < (window or len(owners) + len(stand_ins)))
+        if network.config._attn_implementation == "eager":
+            lowest = torch.finfo(network.dtype).min
+            mask = torch.zeros(mask.shape, dtype=network.dtype).masked_fill(~mask, lowest)
+        found[layer_type] = mask[None, None]
+    output = network(
+        input_ids=token_ids,
+        attention_mask=found if len(found) > 1 else next(iter(found.values())),
+        position_ids=(positions + len(stand_ins))[None],
+        use_cache=False,
+    )
+    return output.logits[0, -1].float()
+
+
 def cache_of(network, tokenizer, **options):
+    """Open a cache of the paper's blocks, if ``options`` say nothing else."""
+    options = {"blocks_see": "themselves", **options}
     return BlockCache(network, None, tokenizer=tokenizer, passage_format=SHORT, **options)
 
 
@@ -193,7 +240,7 @@ def test_dynamic_ntk_beyond_the_original_window_is_prefilled_in_full(tiny_tokeni
 
 
 def test_blocks_conditioned_on_the_preamble_continue_it(tiny_model, tiny_tokenizer):
-    cache = cache_of(tiny_model, tiny_tokenizer, condition_on_preamble=True)
+    cache = cache_of(tiny_model, tiny_tokenizer, blocks_see="preamble")
     segments = cache.segments(QUESTION, PASSAGES[:1])
     # With one passage, preamble + passage + question is plain causal attention.
     logits = cache.first_logits(QUESTION, PASSAGES[:1], policy="block")
@@ -201,7 +248,7 @@ def test_blocks_conditioned_on_the_preamble_continue_it(tiny_model, tiny_tokeniz
 
 
 def test_conditioned_blocks_equal_prefilling_preamble_and_passage_together(tiny_model, tiny_tokenizer):
-    cache = cache_of(tiny_model, tiny_tokenizer, condition_on_preamble=True)
+    cache = cache_of(tiny_model, tiny_tokenizer, blocks_see="preamble")
     one = cache.first_logits(QUESTION, PASSAGES, policy="block")
     other = cache_of(tiny_model, tiny_tokenizer).first_logits(QUESTION, PASSAGES, policy="block")
     assert distance(one, other) > 100 * FLOAT32, "conditioning must matter"
@@ -209,6 +256,27 @@ def test_conditioned_blocks_equal_prefilling_preamble_and_passage_together(tiny_
     named, plain = (c.block(PASSAGES[0]).block_id for c in (cache, cache_of(tiny_model, tiny_tokenizer)))
     assert named != plain
     assert preamble
+
+
+@pytest.mark.parametrize("name", architectures.ACCEPTED)
+def test_blocks_behind_stand_ins_give_the_logits_of_a_pass_that_holds_those(
+    name, monkeypatch, tiny_tokenizer
+):
+    monkeypatch.setattr(block_cache, "STAND_INS", (Passage("Sam left.", title="S"), Passage("It rained.")))
+    network = architectures.accepted(name)
+    cache = cache_of(network, tiny_tokenizer, blocks_see=None)
+    assert cache.blocks_see == "stand-ins"
+    segments = cache.segments("Who?", PASSAGES[:3])
+    cache.prefill(PASSAGES[:3])
+    logits = cache.first_logits("Who?", PASSAGES[:3], policy="block")
+    stand_ins = tiny_tokenizer("S: Sam left.\nIt rained.\n", add_special_tokens=False).input_ids
+    reference = prefill_behind_stand_ins(network, stand_ins, segments, windows_of(network))
+    assert distance(logits, reference) < FLOAT32
+    assert distance(block_masked_prefill(network, segments, windows_of(network)), reference) > 100 * FLOAT32
+    assert torch.equal(
+        cache.first_logits("Who?", PASSAGES[:3], policy="full"),
+        cache_of(network, tiny_tokenizer).first_logits("Who?", PASSAGES[:3], policy="full"),
+    )
 
 
 def _logits_with(monkeypatch, cache, change):
@@ -259,13 +327,19 @@ def test_this_suite_notices_keys_that_were_not_re_encoded(monkeypatch, tiny_mode
 
 @pytest.mark.real_weights
 @pytest.mark.slow
-def test_real_weights_over_real_passages(smollm2_path):
+@pytest.mark.parametrize("seen", ["themselves", "stand-ins"])
+def test_real_weights_over_real_passages(seen, smollm2_path):
     from pydoc_data import topics
 
     texts = [text.strip()[:700] for text in list(topics.topics.values())[:8]]
     passages = [Passage(text, title=f"Topic {index}") for index, text in enumerate(texts)]
-    cache = BlockCache(smollm2_path, None, dtype="float32")
+    cache = BlockCache(smollm2_path, None, dtype="float32", blocks_see=seen)
     network = cache.model.network
     segments = cache.segments("What does the assert statement do?", passages)
     logits = cache.first_logits("What does the assert statement do?", passages, policy="block")
-    assert distance(logits, block_masked_prefill(network, segments, windows_of(network))) < FLOAT32
+    if seen == "themselves":
+        reference = block_masked_prefill(network, segments, windows_of(network))
+    else:
+        stand_ins = cache.prompt.run_of_passages(block_cache.STAND_INS)
+        reference = prefill_behind_stand_ins(network, stand_ins, segments, windows_of(network))
+    assert distance(logits, reference) < FLOAT32

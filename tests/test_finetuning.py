@@ -91,7 +91,7 @@ NAMES = [
 @pytest.mark.parametrize("padded_to", [None, 1024], ids=["unpadded", "padded"])
 def test_training_computes_the_logits_that_serving_computes(name, padded_to, tiny_tokenizer):
     network = architectures.accepted(name)
-    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="themselves")
     masks, modes = choose_attention(cache.model, "sdpa"), ("block", "full", "block")
     packed = row_logits(network, row_of(tiny_tokenizer, modes), masks, padded_to)
     for example, mode, logits in zip(EXAMPLES, modes, packed, strict=True):
@@ -113,7 +113,7 @@ def test_questions_behind_the_same_passages_do_not_see_one_another(
     name, mode, kind, monkeypatch, tiny_tokenizer
 ):
     network = architectures.accepted(name)
-    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="themselves")
     masks = choose_attention(cache.model, "sdpa")
     passages = EXAMPLES[2].passages
     asked = [
@@ -156,7 +156,7 @@ def test_the_two_modes_differ_where_there_are_several_passages(tiny_tokenizer):
 def test_flex_attention_gives_the_logits_of_a_dense_mask(name, monkeypatch, tiny_tokenizer):
     monkeypatch.setattr(mask, "_compiled", lambda: flex_attention)  # the compiled kernel needs a GPU to train
     network = architectures.accepted(name)
-    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="themselves")
     dense, row = choose_attention(cache.model, "sdpa"), row_of(tiny_tokenizer, ("block", "full", "block"))
     expected = row_logits(network, row, dense)
     mask.register()
@@ -168,7 +168,7 @@ def test_flex_attention_gives_the_logits_of_a_dense_mask(name, monkeypatch, tiny
 
 def test_what_is_measured_is_what_serving_would_say(tiny_tokenizer):
     network = architectures.accepted("llama")
-    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="themselves")
 
     def likeliest(question, mode, passages=EXAMPLES[2].passages):
         return int(cache.first_logits(question, passages, policy=mode).argmax())
@@ -240,7 +240,7 @@ def test_only_answers_are_in_the_loss(tiny_tokenizer):
 @pytest.mark.parametrize("multiple_of", [1, 64])
 def test_a_part_of_a_row_gives_the_logits_that_it_gives_in_the_whole(multiple_of, tiny_tokenizer):
     network = architectures.accepted("qwen2-window")
-    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="themselves")
     masks, maker = choose_attention(cache.model, "sdpa"), maker_for(tiny_tokenizer)
     examples = [EXAMPLES[0], TextExample("The mill is old."), EXAMPLES[1], TextExample("So is the wheel.")]
     batch = collate([Row.of([maker.make(example, "block", None) for example in examples])], padded_to=512)
@@ -520,7 +520,9 @@ def test_an_evaluation_of_the_users_own_serves_the_model_in_training(folder, tmp
     def evaluate(network, step):
         assert network.config._attn_implementation == "sdpa"
         assert not network.training
-        cache = BlockCache(network, None, tokenizer=byte_tokenizer(), passage_format="plain")
+        cache = BlockCache(
+            network, None, tokenizer=byte_tokenizer(), passage_format="plain", blocks_see="themselves"
+        )
         score = cache.score("The mill?", [Passage("It is red.", title="mill")], "red", policy="block")
         scores.append(float(score.sum()))
         return {"eval_score": scores[-1]}
@@ -622,7 +624,7 @@ def test_a_model_that_teaches_itself_agrees_with_itself_and_one_taught_by_its_ba
 def test_training_computes_the_logits_that_serving_computes_on_real_weights(smollm2_path):
     texts = ["Ada Lovelace wrote the notes on the engine.", "The mill has a thousand columns.", "It rains."]
     example = QuestionExample("Who wrote the notes?", tuple(map(Passage, texts)), (True,) * 3, "Ada Lovelace")
-    with BlockCache(smollm2_path, None, dtype="float32", device="cpu") as cache:
+    with BlockCache(smollm2_path, None, dtype="float32", device="cpu", blocks_see="themselves") as cache:
         made = SampleMaker(
             cache.tokenizer, (2,), passage_format="paper", preamble=None, min_passages=1, max_tokens=2000
         )

@@ -45,7 +45,7 @@ def guarded(tiny_model, tiny_tokenizer, tmp_path):
     opened = []
 
     def open_cache(**options):
-        options = {"guard_rate": 1.0, "guard_threshold": 1e9, **options}
+        options = {"guard_rate": 1.0, "guard_threshold": 1e9, "blocks_see": "themselves", **options}
         opened.append(BlockCache(tiny_model, tmp_path, tokenizer=tiny_tokenizer, **options))
         return opened[-1]
 
@@ -275,7 +275,12 @@ def test_under_angles_that_change_with_the_length_an_answer_is_compared_if_it_ke
 ):
     monkeypatch.setattr(guard_comparison, "_CHUNK", 32)
     network = architectures.accepted("phi3-longrope")  # turns by other angles beyond 128 tokens
-    options = {"tokenizer": tiny_tokenizer, "preamble": "", "passage_format": "plain"}
+    options = {
+        "tokenizer": tiny_tokenizer,
+        "preamble": "",
+        "passage_format": "plain",
+        "blocks_see": "themselves",
+    }
     request = Question("Where? " * num_repeats, ["Ada."])
     with BlockCache(network, None, guard_rate=1.0, guard_threshold=1e9, **options) as cache:
         length = sum(map(len, cache.segments(request)))

@@ -70,7 +70,7 @@ def test_full_prefill_gives_the_logits_of_policy_full(model, prompt, places):
 
 def test_a_request_is_what_the_library_does_for_the_same_segments(tiny_model, tiny_tokenizer, model):
     passages = ["Ada wrote the note.", "The mill has a thousand columns."]
-    with BlockCache(tiny_model, None, tokenizer=tiny_tokenizer) as cache:
+    with BlockCache(tiny_model, None, tokenizer=tiny_tokenizer, blocks_see="themselves") as cache:
         expected = cache.first_logits("Who?", passages, policy="block")
         [preamble, *blocks, final] = cache.segments("Who?", passages)
         as_block = requests.TokenPrompt(tuple(map(tuple, [preamble, *blocks])), tuple(final))

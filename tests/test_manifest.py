@@ -269,13 +269,13 @@ def test_other_settings_are_refused_naming_both(manifest, name, before):
 
 
 def test_what_blocks_attend_to_is_recorded_and_another_is_refused(manifest):
-    conditioned = replace(SETTINGS, condition_on_preamble=True, preamble="Be brief.")
+    conditioned = replace(SETTINGS, blocks_see="preamble", preamble="Be brief.")
     manifest.adopt(conditioned)
     assert manifest.settings == conditioned
     for other, message in (
         (
             SETTINGS,
-            "condition_on_preamble=True and the preamble 'Be brief.', not condition_on_preamble=False",
+            "blocks_see='preamble' and the preamble 'Be brief.', not blocks_see='themselves'",
         ),
         (replace(conditioned, preamble="Be long."), "'Be brief.', not .*'Be long.'"),
     ):
@@ -283,14 +283,23 @@ def test_what_blocks_attend_to_is_recorded_and_another_is_refused(manifest):
             manifest.adopt(other)
 
 
-def test_blocks_of_an_older_index_attend_to_themselves_alone(manifest, tmp_path):
+@pytest.mark.parametrize(("recorded", "meant"), [("0", "themselves"), ("1", "preamble")])
+def test_an_index_from_before_stand_ins_says_what_its_blocks_see(recorded, meant, manifest):
     manifest.adopt(replace(SETTINGS, preamble="Be brief."))
     with closing(sqlite3.connect(manifest.path)) as connection, connection:
-        connection.execute("DELETE FROM settings WHERE name = 'condition_on_preamble'")
-    assert manifest.settings.condition_on_preamble is False
-    manifest.adopt(replace(SETTINGS, preamble="Be long."))  # which the blocks have nothing to do with
-    with pytest.raises(IndexMismatchError, match=r"made with condition_on_preamble=False, not .*=True"):
-        manifest.adopt(replace(SETTINGS, condition_on_preamble=True))
+        connection.execute(
+            "UPDATE settings SET name = 'condition_on_preamble', value = ? WHERE name = 'blocks_see'",
+            [recorded],
+        )
+    assert manifest.settings.blocks_see == meant
+    manifest.adopt(replace(SETTINGS, preamble="Be brief.", blocks_see=meant))
+    with pytest.raises(IndexMismatchError, match=f"made with blocks_see='{meant}'.*, not .*'stand-ins'"):
+        manifest.adopt(replace(SETTINGS, preamble="Be brief.", blocks_see="stand-ins"))
+
+
+def test_blocks_that_see_themselves_do_not_mind_another_preamble(manifest):
+    manifest.adopt(replace(SETTINGS, preamble="Be brief."))
+    manifest.adopt(replace(SETTINGS, preamble="Be long."))
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path):

@@ -303,7 +303,7 @@ def test_auto_answers_under_the_policy_on_record(tiny_model, tiny_tokenizer, tmp
     options = {"tokenizer": tiny_tokenizer}
     with BlockCache(tiny_model, tmp_path, **options) as cache:
         assert cache.generate("Who?", ["Ada wrote the note."], max_new_tokens=2).policy == "link-9"
-    for other in ({"preamble": "Read."}, {"passage_format": "plain"}, {"condition_on_preamble": True}):
+    for other in ({"preamble": "Read."}, {"passage_format": "plain"}, {"blocks_see": "preamble"}):
         with BlockCache(tiny_model, tmp_path, **options, **other) as cache:
             answer = cache.generate("Who?", ["Ada wrote the note."], max_new_tokens=2)
             assert answer.policy == before.policy

@@ -409,8 +409,8 @@ def test_another_model_or_format_is_refused_and_nothing_is_changed(
             "was made with the passage format verbatim, not the passage format plain",
         ),
         (
-            {"passage_format": "verbatim", "condition_on_preamble": True},
-            "was made with condition_on_preamble=False, not condition_on_preamble=True",
+            {"passage_format": "verbatim", "blocks_see": "preamble"},
+            "was made with blocks_see='stand-ins', not blocks_see='preamble'",
         ),
     ):
         with (
@@ -425,7 +425,7 @@ def test_another_model_or_format_is_refused_and_nothing_is_changed(
 def test_an_index_whose_blocks_attend_to_the_preamble_is_opened_by_its_record(
     tiny_model_path, directory, tmp_path
 ):
-    options = {"passage_format": "verbatim", "condition_on_preamble": True, "preamble": "Be brief.\n\n"}
+    options = {"passage_format": "verbatim", "blocks_see": "preamble", "preamble": "Be brief.\n\n"}
     with (
         BlockCache(tiny_model_path, directory, **options) as cache,
         PrefilledIndex(directory, cache=cache, embedder=embed) as index,

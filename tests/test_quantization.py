@@ -390,9 +390,9 @@ def test_a_cache_keeps_blocks_packed_in_memory_and_on_disk(codec, tiny_model, ti
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_an_answer_is_the_same_whether_its_blocks_were_stored(codec, conditioned, tiny_model, tiny_tokenizer):
-    options = {"codec": codec, "condition_on_preamble": conditioned}
+@pytest.mark.parametrize("seen", ["themselves", "preamble", "stand-ins"])
+def test_an_answer_is_the_same_whether_its_blocks_were_stored(codec, seen, tiny_model, tiny_tokenizer):
+    options = {"codec": codec, "blocks_see": seen}
     with BlockCache(tiny_model, None, tokenizer=tiny_tokenizer, **options) as cache:
         missed = cache.first_logits("Who?", PASSAGES, policy="block")
         hit = cache.first_logits("Who?", PASSAGES, policy="block")

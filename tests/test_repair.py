@@ -104,7 +104,7 @@ def test_the_share_is_of_the_passages_tokens(policy, tiny_cache):
 def test_the_question_attends_most_to_the_tokens_that_query_chooses(tiny_model, tiny_tokenizer):
     # One passage that saw the preamble: over it alone, block attention is full attention, and the model's own
     # eager attention can say what the question attends to.
-    cache = cache_of(tiny_model, tiny_tokenizer, condition_on_preamble=True)
+    cache = cache_of(tiny_model, tiny_tokenizer, blocks_see="preamble")
     plan, _ = planned(cache, PASSAGES[3:4], "query-0.2", question="Who?")
     attention = tiny_model.config._attn_implementation
     tiny_model.set_attn_implementation("eager")

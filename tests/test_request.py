@@ -25,7 +25,9 @@ KNOWN = [MILL, NOTE, PART, LONG]
 
 @pytest.fixture
 def cache(tiny_model, tiny_tokenizer):
-    with BlockCache(tiny_model, None, tokenizer=tiny_tokenizer, passage_format="verbatim") as cache:
+    with BlockCache(
+        tiny_model, None, tokenizer=tiny_tokenizer, passage_format="verbatim", blocks_see="themselves"
+    ) as cache:
         cache.prefill(KNOWN)
         yield cache
 
@@ -133,7 +135,9 @@ def test_a_request_gives_the_logits_of_one_prefill_with_the_block_mask(name, req
         network = architectures.build(
             type(network).__name__.removesuffix("ForCausalLM"), {"max_position_embeddings": 2048}
         )
-    with BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format="verbatim") as cache:
+    with BlockCache(
+        network, None, tokenizer=tiny_tokenizer, passage_format="verbatim", blocks_see="themselves"
+    ) as cache:
         cache.register(KNOWN)
         first = cache.first_logits(request_, policy="block")  # encodes
         again = cache.first_logits(request_, policy="block")  # reuses
@@ -253,7 +257,9 @@ def test_what_was_prefilled_is_known_to_the_next_process(tiny_model, tiny_tokeni
 
 def test_a_passage_longer_than_the_window_is_computed_where_a_piece_of_it_stands(tiny_tokenizer):
     network = architectures.build("Llama", {"max_position_embeddings": 512})
-    with BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format="verbatim") as cache:
+    with BlockCache(
+        network, None, tokenizer=tiny_tokenizer, passage_format="verbatim", blocks_see="themselves"
+    ) as cache:
         cache.register([LONG])
         answer = cache.answer(Text(f"Facts: {LONG[:300]} Who?"), max_new_tokens=1, policy="block")
     assert (answer.num_hits, answer.num_misses) == (0, 0)

@@ -78,7 +78,7 @@ class EngineModel(RunnableSerializable[LanguageModelInput, _Output], CacheOption
 
     def answer_params(self) -> dict[str, Any]:
         """Return what an answer depends on, for traces and as part of the key in LangChain's own cache."""
-        names = ("adapter", "dtype", "preamble", "passage_format", "condition_on_preamble", "policy")
+        names = ("adapter", "dtype", "preamble", "passage_format", "blocks_see", "policy")
         params = {name: getattr(self, name) for name in (*names, "finds_passages")}
         return {"model_name": self.model_label, **params, **self.answer_options(None, {})}
 

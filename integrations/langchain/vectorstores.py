@@ -46,7 +46,7 @@ class BlockCacheVectorStore(VectorStore):
         index_factory: FAISS factory string, see ``Retriever``.
         prefills: Encode when documents are added; otherwise when they are used, or by ``index.prefill()``.
         **options: Of the engine: ``tokenizer``, ``device``, ``dtype``, ``adapter``, ``preamble``,
-            ``passage_format``, ``condition_on_preamble``, ``disk_budget_bytes``, ``memory_budget_bytes``,
+            ``passage_format``, ``blocks_see``, ``disk_budget_bytes``, ``memory_budget_bytes``,
             ``salt``, ``admission``, ``guard_rate`` and ``guard_threshold``, as for ``ChatBlockCache``.
 
     Raises:

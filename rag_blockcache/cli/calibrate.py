@@ -18,7 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from rag_blockcache.cli.opening import open_index, recorded_settings
-from rag_blockcache.cli.options import Adapter, AsJson, Codec, Device, Dtype, Embedder, PassageFormat
+from rag_blockcache.cli.options import (
+    Adapter,
+    AsJson,
+    BlocksSee,
+    Codec,
+    Device,
+    Dtype,
+    Embedder,
+    PassageFormat,
+)
 from rag_blockcache.cli.output import print_json, print_note, stderr, stdout, to_json
 from rag_blockcache.cli.progress import ProgressBar
 from rag_blockcache.cli.units import format_count, format_seconds
@@ -76,10 +85,7 @@ def calibrate(
     preamble: Annotated[
         str | None, typer.Option(help="Text before the passages; an index knows its own.")
     ] = None,
-    condition_on_preamble: Annotated[
-        bool | None,
-        typer.Option("--condition-on-preamble", help="As the BlockCache; an index knows by itself."),
-    ] = None,
+    blocks_see: BlocksSee = None,
     codec: Codec = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -93,6 +99,7 @@ def calibrate(
     """
     from rag_blockcache.evaluation.answer_evaluation import EvaluationOptions, evaluate
     from rag_blockcache.evaluation.answer_page import write_report
+    from rag_blockcache.evaluation.arms import way_of
     from rag_blockcache.evaluation.bootstrap import FEWEST
     from rag_blockcache.evaluation.calibration import check_number, choose_cheapest, measured_policies
     from rag_blockcache.evaluation.command import typed_command
@@ -105,14 +112,14 @@ def calibrate(
         "adapter": adapter,
         "passage_format": passage_format,
         "preamble": preamble,
-        "condition_on_preamble": condition_on_preamble,
+        "blocks_see": blocks_see,
         "codec": codec,
         "dtype": dtype,
     }
     opening = _opening(directory, model, asked, needs_index=not data)
     with ProgressBar(stderr()) as bar:
         with _opened(directory, opening, embedder, device) as (cache, retriever):
-            auto = cache.auto_policy
+            auto, way = cache.auto_policy, way_of(cache)
             if policies is None:  # one that was named and cannot be used is an error
                 names = [name for name in names if auto.can_use(parse_policy(name) or FULL)]
             folder = report or directory / _FOLDER / _key(auto.record, max_new_tokens, cache)
@@ -124,7 +131,7 @@ def calibrate(
         del cache, retriever  # the evaluation loads the model anew, and two may not fit
         options = EvaluationOptions(
             data=data,
-            policies=",".join(name + opening.way for name in names),
+            policies=",".join(name + way for name in names),
             limit=limit,
             max_new_tokens=max_new_tokens,
             report=str(folder),
@@ -166,15 +173,9 @@ class _Opening:
     adapter: str | None
     passage_format: str
     preamble: str | None
-    condition_on_preamble: bool
+    blocks_see: str | None
     codec: str
     dtype: str | None
-
-    @property
-    def way(self) -> str:
-        """How blocks are made, behind the name of a policy; see ``parse_arm``."""
-        conditioned = "/conditioned" if self.condition_on_preamble else ""
-        return conditioned + (f"/{self.codec}" if self.codec != "none" else "")
 
 
 def _opening(directory: Path, model: str | None, asked: Mapping[str, Any], *, needs_index: bool) -> _Opening:
@@ -190,7 +191,7 @@ def _opening(directory: Path, model: str | None, asked: Mapping[str, Any], *, ne
         adapter=settings.adapter or None,
         passage_format=settings.passage_format,
         preamble=settings.preamble,
-        condition_on_preamble=settings.condition_on_preamble,
+        blocks_see=settings.blocks_see,
         codec=settings.codec,
         dtype=settings.dtype or None,
     )
@@ -207,7 +208,7 @@ def _opening_of_a_cache(
         raise InvalidInputError(
             f"there is no index in {directory}; name the directory of a BlockCache, and --model with it"
         )
-    usual = {"passage_format": "paper", "condition_on_preamble": False, "codec": "none"}
+    usual = {"passage_format": "paper", "codec": "none"}
     return _Opening(model=model, **{**asked, **{name: asked[name] or usual[name] for name in usual}})
 
 

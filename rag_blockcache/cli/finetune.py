@@ -103,7 +103,11 @@ def _accuracy(recipe: Recipe, limit: int) -> Evaluate:
     if not questions:
         raise InvalidInputError("--eval-answers needs files with questions; name them with --eval-data")
     tokenizer = model_card(recipe.model).tokenizer
-    shown: dict[str, Any] = {"passage_format": recipe.passage_format, "preamble": recipe.preamble}
+    shown: dict[str, Any] = {
+        "passage_format": recipe.passage_format,
+        "preamble": recipe.preamble,
+        "blocks_see": "themselves",  # as blocks are trained
+    }
 
     def evaluate(network: PreTrainedModel, step: int) -> dict[str, float]:
         with BlockCache(network, None, tokenizer=tokenizer, **shown) as cache:

@@ -17,6 +17,7 @@ from rag_blockcache.cli.opening import recorded_settings
 from rag_blockcache.cli.options import (
     Adapter,
     AsJson,
+    BlocksSee,
     Codec,
     Device,
     DiskBudget,
@@ -60,6 +61,7 @@ def index_and_prefill(
     ] = None,
     passage_format: PassageFormat = None,
     codec: Codec = None,
+    blocks_see: BlocksSee = None,
     max_passage_tokens: MaxPassageTokens = None,
     overlap: Overlap = None,
     index_factory: Annotated[
@@ -103,7 +105,7 @@ def index_and_prefill(
         preamble=preamble,
         passage_format=passage_format,
         codec=codec,
-        condition_on_preamble=None,  # as on record; there is no option for it
+        blocks_see=blocks_see,
     )
     from rag_blockcache.jobs.index_and_prefill import check_origin, settings_of
     from rag_blockcache.jobs.index_and_prefill import index_and_prefill as run
@@ -158,7 +160,7 @@ class _Options:
     preamble: str | None
     passage_format: str
     codec: str
-    condition_on_preamble: bool
+    blocks_see: str | None
 
     @classmethod
     def complete(cls, recorded: IndexSettings | None, **asked: Any) -> _Options:
@@ -172,7 +174,7 @@ class _Options:
             missing = " and ".join(f"--{name}" for name in ("model", "embedder") if not asked[name])
             if missing:
                 raise InvalidInputError(f"a new index needs {missing}; name a hub id or a folder")
-            usual = {"passage_format": "paper", "codec": "none", "condition_on_preamble": False}
+            usual = {"passage_format": "paper", "codec": "none"}
             return cls(**asked | {name: asked[name] or value for name, value in usual.items()})
         if asked["preamble"] not in (None, recorded.preamble):
             raise IndexMismatchError(
@@ -200,7 +202,7 @@ class _Options:
             preamble=self.preamble,
             passage_format=self.passage_format,
             codec=self.codec,
-            condition_on_preamble=self.condition_on_preamble,
+            blocks_see=self.blocks_see,
             disk_budget_bytes=disk_budget_bytes,
         )
         with cache:

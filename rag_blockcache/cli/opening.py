@@ -74,7 +74,7 @@ def open_index(
         adapter=settings.adapter or None,
         preamble=settings.preamble,
         passage_format=settings.passage_format,
-        condition_on_preamble=settings.condition_on_preamble,
+        blocks_see=settings.blocks_see,
         codec=settings.codec,
         disk_budget_bytes=disk_budget_bytes,
     )

@@ -51,6 +51,14 @@ Codec: TypeAlias = Annotated[
         "some accuracy). none if left out.",
     ),
 ]
+BlocksSee: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="themselves|preamble|stand-ins",
+        help="What a block attends to beside itself. If left out: nothing, for a block-fine-tuned model, and "
+        "for any other short stand-ins for other passages.",
+    ),
+]
 MaxPassageTokens: TypeAlias = Annotated[
     int | None,
     typer.Option(min=8, help="Longest passage to cut documents into, in tokens of the model; usually 256."),

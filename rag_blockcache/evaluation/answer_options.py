@@ -29,9 +29,9 @@ class EvaluationOptions:
     )
     policies: str = _option(
         "block,link-16,link-16+query-0.08",
-        "Reuse policies. Behind each may stand /conditioned (blocks see the preamble), /int8 or /int4 (how "
-        "blocks are kept) and /unmoved (no position re-encoding). full and no-passages are measured in any "
-        "case.",
+        "Reuse policies. Behind each may stand /stand-ins or /conditioned (what blocks see), /int8 or /int4 "
+        "(how blocks are kept) and /unmoved (no position re-encoding). full and no-passages are measured in "
+        "any case.",
     )
     limit: int | None = _option(None, "Questions of each benchmark; all if left out.")
     num_passages: str = _option("", "Ask with these numbers of passages.", "N,N,...")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.reuse import parse_policy
+
+if TYPE_CHECKING:
+    from rag_blockcache.block_cache import BlockCache
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Arm:
         shows_passages: Whether the model reads the passages.
         moves_keys: Whether keys are moved to their positions; otherwise they stay at those where their block
             was encoded, which shows what position re-encoding is worth.
-        options: Further arguments of ``BlockCache``, such as ``condition_on_preamble``.
+        options: Further arguments of ``BlockCache``, such as ``blocks_see``.
     """
 
     name: str
@@ -40,7 +43,8 @@ FULL_ARM = Arm("full", "full")  # the reference of all others
 NO_PASSAGES = Arm("no-passages", "full", shows_passages=False)  # the zero of fidelity
 
 _WAYS: dict[str, Mapping[str, Any]] = {  # with what options blocks are made
-    "conditioned": {"condition_on_preamble": True},
+    "conditioned": {"blocks_see": "preamble"},
+    "stand-ins": {"blocks_see": "stand-ins"},
     "unmoved": {},
     "int8": {"codec": "int8"},
     "int4": {"codec": "int4"},
@@ -48,7 +52,10 @@ _WAYS: dict[str, Mapping[str, Any]] = {  # with what options blocks are made
 
 
 def parse_arm(name: str) -> Arm:
-    """Read an arm by name: a policy, ``policy/conditioned``, ``policy/unmoved``, or ``no-passages``.
+    """Read an arm by name: a policy, with ways to make blocks behind it, or ``no-passages``.
+
+    Blocks see themselves alone, as in the paper, if no way says otherwise; those of ``auto`` see what a
+    ``BlockCache`` lets them see by default.
 
     Raises:
         InvalidInputError: If there is no such policy, or no such way.
@@ -62,10 +69,16 @@ def parse_arm(name: str) -> Arm:
             f"{name!r} is unknown; behind a policy stand /{' and /'.join(_WAYS)}, and "
             f"{NO_PASSAGES.name!r} shows no passages"
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if policy != "auto" else {"blocks_see": None}
     for way in ways:
         options |= _WAYS[way]
     return Arm(name, policy, moves_keys="unmoved" not in ways, options=options)
+
+
+def way_of(cache: BlockCache) -> str:
+    """Return how the blocks of a cache are made, as it stands behind the name of a policy."""
+    seen = {"themselves": "", "preamble": "/conditioned", "stand-ins": "/stand-ins"}[cache.blocks_see]
+    return seen + (f"/{cache.codec}" if cache.codec != "none" else "")
 
 
 def parse_arms(names: str) -> list[Arm]:

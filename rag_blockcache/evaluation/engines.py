@@ -17,13 +17,15 @@ class Engines:
 
     Args:
         model: Hub id, folder, or loaded model, as for ``BlockCache``.
-        **options: Further arguments of ``BlockCache``, the same for all arms.
+        **options: Further arguments of ``BlockCache``, the same for all arms. Blocks see themselves alone
+            where an arm says nothing else.
 
     Attributes:
         plain: The engine of arms without options of their own.
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
+        options = {"blocks_see": "themselves", **options}
         self.plain = _warm(
             BlockCache(model, None, memory_budget_bytes=None, context_budget_bytes=0, **options)
         )

@@ -42,8 +42,10 @@ class UnmovedBlockCache(BlockCache):
 
     def _encoded_at(self, plan: Plan, index: int) -> int:
         """Return the position of a block's first token when it was encoded."""
-        is_behind = self._blocks.condition_on_preamble and index > 0
-        return len(plan.segments[0].token_ids) if is_behind else 0
+        if index == 0:
+            return 0
+        preamble, token_ids = plan.segments[0].token_ids, plan.segments[index].block_tokens
+        return len(self._blocks.seen_by(token_ids, preamble=preamble, regime=plan.regime))
 
 
 def turned_back(model: Model, states: KVStates, offset: int, total_length: int) -> KVStates:

@@ -139,7 +139,7 @@ def settings_of(cache: BlockCache, retriever: Retriever, splitter: PassageSplitt
         dtype=str(cache.model.dtype).removeprefix("torch."),
         preamble=cache.prompt.preamble,
         codec=cache.codec,
-        condition_on_preamble=cache._blocks.condition_on_preamble,
+        blocks_see=cache.blocks_see,
     )
 
 

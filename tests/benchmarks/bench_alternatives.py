@@ -100,7 +100,7 @@ def makers(
     def ours(codec: str = "none", *, directory: Path | None = None, **how: Any) -> Way:
         budget = None if directory is None else 0  # nothing from disk stays in memory
         tokenizer = cache.tokenizer
-        bounds = {"memory_budget_bytes": budget, "context_budget_bytes": 0}
+        bounds = {"memory_budget_bytes": budget, "context_budget_bytes": 0, "blocks_see": "themselves"}
         blocks = BlockCache(network, directory, tokenizer=tokenizer, codec=codec, **bounds)
         return ThisLibrary(blocks, **{"policy": BLOCK.name, **how})
 

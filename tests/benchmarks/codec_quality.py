@@ -89,7 +89,9 @@ def main() -> None:
     network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
     def opened(**chosen) -> BlockCache:
-        return BlockCache(network, None, tokenizer=tokenizer, memory_budget_bytes=None, **chosen)
+        return BlockCache(
+            network, None, tokenizer=tokenizer, memory_budget_bytes=None, blocks_see="themselves", **chosen
+        )
 
     asked = []
     with opened() as exact:
