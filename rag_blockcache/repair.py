@@ -65,7 +65,7 @@ def _choose(plan: Plan, score: Tensor, share: float) -> None:
 
 
 def _attention(model: Model, context: Context, plans: Sequence[Plan]) -> list[Tensor]:
-    """Return how much attention the question pays to each slot of its prompt, over all heads and layers.
+    """Return how much attention the question pays to each slot of its prompt; see ``_QuestionAttention``.
 
     The question is computed over the blocks as they are. Only the attention of its tokens is looked at; their
     keys and values are written again by the pass that follows.
@@ -73,19 +73,26 @@ def _attention(model: Model, context: Context, plans: Sequence[Plan]) -> list[Te
     Returns:
         ``(num_tokens,)``, float32, on the CPU, for each plan.
     """
-    mass = _AttentionMass(model, context, plans)
-    with model.observing(mass.observe):
+    attention = _QuestionAttention(model, context, plans)
+    with model.observing(attention.observe):
         prefill(model, context, [plan.unfilled() for plan in plans])
-    return [found.cpu() for found in mass.by_row]
+    return [found.cpu() for found in attention.by_row]
 
 
-class _AttentionMass:
-    """Sums the attention of each row's question, while a pass goes through the layers."""
+class _QuestionAttention:
+    """Adds up the attention of each row's question, while a pass goes through the layers.
+
+    Of each head counts what the one token pays that pays most, and the square root of it: a slot that
+    several heads want a little is worth more than one that a single head holds on to, as heads do
+    with line breaks and full stops (docs/decisions/0015).
+    """
 
     def __init__(self, model: Model, context: Context, plans: Sequence[Plan]) -> None:
         windowed = [layer.window is not None for layer in model.layers]
         # Windows hide most passages from the question, whatever it would like to see.
-        self._layers = {i for i, is_windowed in enumerate(windowed) if not is_windowed or all(windowed)}
+        open_layers = [i for i, is_windowed in enumerate(windowed) if not is_windowed or all(windowed)]
+        # The first layers look at words, and not yet at what they mean here.
+        self._layers = set(open_layers[len(open_layers) // 3 :])
         self._starts, self._questions = context.starts, [plan.question for plan in plans]
         self.by_row = [torch.zeros(plan.num_tokens, device=model.device) for plan in plans]
 
@@ -105,19 +112,19 @@ class _AttentionMass:
             behind = key.shape[2] - start - question.stop  # what is computed after the question
             last = query.shape[2] - behind
             first = max(last - min(len(question), _MAX_QUERIES), 0)
-            mass = _mass(query[row, :, first:last], keys, scaling)
-            self.by_row[row][: question.stop] += mass.to(self.by_row[row].device)
+            wanted = _wanted(query[row, :, first:last], keys, scaling)
+            self.by_row[row][: question.stop] += wanted.to(self.by_row[row].device)
 
 
-def _mass(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Return the attention that the last tokens of a run pay to each of its slots, ``(num_slots,)``."""
+def _wanted(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return how much the last tokens of a run want each of its slots, in one layer; ``(num_slots,)``."""
     (num_heads, num_queries, head_dim), (num_kv_heads, num_slots, _) = query.shape, key.shape
     grouped = query.reshape(num_kv_heads, num_heads // num_kv_heads * num_queries, head_dim)
     products = (grouped @ key.transpose(1, 2)).float().mul_(scaling)
     products = products.view(num_heads, num_queries, num_slots)
     future = torch.ones(num_queries, num_slots, dtype=torch.bool, device=query.device)
     products.masked_fill_(future.triu(num_slots - num_queries + 1), float("-inf"))
-    return products.softmax(dim=-1).sum(dim=(0, 1))
+    return products.softmax(dim=-1).amax(dim=1).sqrt().sum(dim=0)
 
 
 def _deviation(model: Model, context: Context, row: int, plan: Plan) -> Tensor:

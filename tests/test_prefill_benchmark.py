@@ -46,6 +46,19 @@ def test_all_passages_are_encoded_and_stored(model, monkeypatch, tmp_path):
     assert done.seconds >= done.write_seconds > 0
 
 
+def test_stand_ins_are_seen_and_are_not_counted(model, monkeypatch):
+    seen = []
+    inner = prefill.encode_blocks
+
+    def observed(model, blocks, *, conditioned_on=None):
+        seen.append(0 if conditioned_on is None else conditioned_on.num_tokens)
+        return inner(model, blocks, conditioned_on=conditioned_on)
+
+    monkeypatch.setattr(prefill, "encode_blocks", observed)
+    assert prefill._encode(model, [[1, 2, 3], [4, 5]], behind=[7, 8, 9, 10]).num_tokens == 5
+    assert seen == [0, 4]
+
+
 def test_the_bare_pass_takes_whole_rows_only(model):
     assert prefill._bare(model, list(range(250)), 4).num_tokens == 200
 

@@ -14,7 +14,7 @@ from test_equivalence import FLOAT32, PASSAGES, QUESTION, cache_of, distance, fu
 
 from rag_blockcache import Question
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.repair import _mass
+from rag_blockcache.repair import _wanted
 
 POLICIES = ["query-0.2", "blend-0.2", "link-2+query-0.15", "link-3+blend-0.1", "query-0.1+blend-0.1"]
 
@@ -112,17 +112,24 @@ def test_the_question_attends_most_to_the_tokens_that_query_chooses(tiny_model, 
         output = tiny_model(torch.tensor([plan.token_ids]), output_attentions=True)
     finally:
         tiny_model.set_attn_implementation(attention)
-    mass = sum(layer[0, :, plan.question.start :].sum(dim=(0, 1)) for layer in output.attentions)
+    later = output.attentions[len(output.attentions) // 3 :]
+    wanted = sum(layer[0, :, plan.question.start :].amax(dim=1).sqrt().sum(dim=0) for layer in later)
     passage = next(span for index, span in plan.spans() if plan.segments[index].kind == "passage")
-    best = mass[passage.start : passage.stop].topk(len(plan.chosen)).indices + passage.start
+    best = wanted[passage.start : passage.stop].topk(len(plan.chosen)).indices + passage.start
     assert set(plan.chosen.tolist()) == set(best.tolist())
 
 
-def test_attention_looks_back_only():
+def test_of_each_head_the_token_that_pays_most_counts_and_looks_back_only():
     query, key = torch.randn(4, 3, 8), torch.randn(2, 7, 8)
-    mass = _mass(query, key, 1.0)
-    assert mass.sum() == pytest.approx(4 * 3)
-    assert mass[-1] < 4  # the last slot is seen by the last query alone
+    wanted = _wanted(query, key, 1.0)
+    by_hand = torch.zeros(7)
+    for head in range(4):
+        attention = [
+            torch.nn.functional.pad((query[head, i] @ key[head // 2, : 5 + i].T).softmax(dim=0), (0, 2 - i))
+            for i in range(3)
+        ]
+        by_hand += torch.stack(attention).amax(dim=0).sqrt()
+    torch.testing.assert_close(wanted, by_hand)
 
 
 @pytest.mark.parametrize("policy", ["query-0.2", "link-2+query-0.15", "blend-0.2"])

@@ -56,6 +56,7 @@ def _show_status(found: IndexStatus, console: Console) -> None:
             "embedder": made.embedder,
             "format": f"{made.passage_format}, {made.splitting}",
             "codec": made.codec,
+            "blocks see": made.blocks_see,
             "fingerprint": made.fingerprint,
         }
     console.print(facts_table(f"index {found.directory}", facts))
