@@ -5,7 +5,7 @@ from __future__ import annotations
 import architectures
 import pytest
 import torch
-from test_equivalence import PASSAGES, SHORT, block_masked_prefill, distance, windows_of
+from test_equivalence import PASSAGES, SHORT, block_masked_prefill, cache_of, distance, windows_of
 
 from rag_blockcache import BlockCache
 
@@ -17,14 +17,21 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", architectures.ACCEPTED)
 def test_reused_blocks_give_the_logits_of_one_block_masked_prefill_on_a_gpu(name, tiny_tokenizer):
-    cache = BlockCache(
-        architectures.accepted(name).cuda(), None, tokenizer=tiny_tokenizer, passage_format=SHORT
-    )
+    cache = cache_of(architectures.accepted(name).cuda(), tiny_tokenizer)
     for _ in range(2):  # encoded, then reused
         logits = cache.first_logits("Who?", PASSAGES[:3], policy="block")
     segments = cache.segments("Who?", PASSAGES[:3])
     on_cpu = architectures.accepted(name)
     assert distance(logits, block_masked_prefill(on_cpu, segments, windows_of(on_cpu))) < 1e-4
+
+
+@pytest.mark.parametrize("name", architectures.ACCEPTED)
+def test_blocks_behind_stand_ins_have_the_logits_on_a_gpu_that_they_have_on_a_cpu(name, tiny_tokenizer):
+    logits = []
+    for device in ("cuda", "cpu"):
+        cache = cache_of(architectures.accepted(name).to(device), tiny_tokenizer, blocks_see="stand-ins")
+        logits.append(cache.first_logits("Who?", PASSAGES[:3], policy="block"))
+    assert distance(*logits) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope"])
