@@ -90,8 +90,14 @@ def block_id(token_ids: Sequence[int], *, fingerprint: str, conditioned_on: Sequ
     """
     # Hundreds of names stand before a first token; tokens as text would take longer than all else at 32K.
     head = f"[{_quoted(fingerprint)}, {len(conditioned_on)}, {len(token_ids)}]".encode()
-    runs = [struct.pack(f"<{len(run)}q", *run) for run in (conditioned_on, token_ids) if run]
-    return hashlib.blake2b(b"".join((head, *runs)), digest_size=16).hexdigest()
+    seen = _packed(tuple(conditioned_on))  # the same for most blocks
+    own = struct.pack(f"<{len(token_ids)}q", *token_ids)
+    return hashlib.blake2b(b"".join((head, seen, own)), digest_size=16).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _packed(token_ids: tuple[int, ...]) -> bytes:
+    return struct.pack(f"<{len(token_ids)}q", *token_ids)
 
 
 @lru_cache(maxsize=64)
