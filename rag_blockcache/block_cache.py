@@ -28,7 +28,7 @@ from rag_blockcache.async_answers import AsyncAnswerStream
 from rag_blockcache.auto_policy import AutoPolicy
 from rag_blockcache.block_source import Admission, BlockSource
 from rag_blockcache.break_even import BreakEven
-from rag_blockcache.conditioning import STAND_INS, choose_sight
+from rag_blockcache.conditioning import STAND_INS, default_sight, kind_of, sight_named
 from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
@@ -78,8 +78,8 @@ class BlockCache:
         blocks_see: What a block attends to beside itself: nothing, as in the paper (``"themselves"``); the
             ``"preamble"`` of its prompt, so that it serves prompts with that preamble alone; or
             ``"stand-ins"``, short texts in the place of other passages, the same for every prompt. None takes
-            the paper's for a model that was block-fine-tuned, and stand-ins for any other, whose answers are
-            much closer to full attention with them.
+            the paper's for a model that says it was block-fine-tuned, and stand-ins for any other, whose
+            answers are closer to full attention with them.
         disk_budget_bytes: The least valuable blocks go when it is full. It is recorded in the directory; None
             keeps what is on record, which at first is no bound.
         memory_budget_bytes: Likewise for blocks held in memory; None sets no bound.
@@ -135,6 +135,7 @@ class BlockCache:
         cuda_graphs: bool = True,
     ) -> None:
         form = codec_named(codec)  # a mistake shows before the model is loaded
+        sight = sight_named(blocks_see)
         check_guard(guard_rate, guard_threshold)
         self.model = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, adapter=adapter)
         self.model.cuda_graphs = cuda_graphs
@@ -142,9 +143,10 @@ class BlockCache:
         self.tokenizer = self.model.tokenizer
         self.codec = codec
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
-        self.blocks_see = choose_sight(blocks_see, is_block_fine_tuned=self.model.is_block_fine_tuned)
+        self.blocks_see = sight or default_sight(self.model.is_block_fine_tuned)
+        kind = kind_of(self.blocks_see)
         can_be_observed = self.model.can_be_observed
-        shown = [asdict(self.prompt.format), self.prompt.preamble, self.blocks_see, codec]
+        shown = [asdict(self.prompt.format), self.prompt.preamble, kind, codec]
         self.auto_policy = AutoPolicy(
             directory,
             default=choose_policy(self.model.is_block_fine_tuned, can_be_observed=can_be_observed),
@@ -159,7 +161,7 @@ class BlockCache:
         if directory is not None:  # after the model, so that nothing is made where something else is wrong
             disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
         self.store = TieredStore(MemoryStore(memory_budget_bytes), disk)
-        named = json.dumps([self.model.fingerprint, salt, codec])
+        named = json.dumps([self.model.fingerprint, salt, codec, *kind])
         self.fingerprint = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
         self._blocks = BlockSource(
             self.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,12 +58,14 @@ class DocumentShape:
         title: The mark of the title.
         text: The mark of the text.
         escapes: How both are written: as they are, or as in JSON strings (of ASCII characters only).
+        between: From one document to the next.
     """
 
     written: str
     title: str
     text: str
     escapes: Literal["", "json", "ascii"]
+    between: str
 
     def fill(self, title: str, text: str) -> str:
         """Put a title and a text into their places."""
@@ -182,12 +184,14 @@ class ChatTemplate:
             raise InvalidInputError(
                 "this chat template does not show documents; use passage format 'paper' or 'plain' instead"
             )
-        places = [(rendered.find(mark), len(mark)) for mark in (titles[0], texts[0]) if mark in rendered]
-        start, (last, length) = min(places)[0], max(places)
+        (start, end), (next_start, _) = (
+            _span(rendered, marks_of_one) for marks_of_one in zip(titles, texts, strict=True)
+        )
         quoted = self._render_documents([""], ['"é'])
         escapes: Literal["", "json", "ascii"] = "ascii" if '\\"\\u00e9' in quoted else ""
         escapes = "json" if '\\"é' in quoted else escapes
-        return DocumentShape(rendered[start : last + length], titles[0], texts[0], escapes)
+        written, between = rendered[start:end], rendered[end:next_start]
+        return DocumentShape(written, titles[0], texts[0], escapes, between)
 
     def _render_documents(self, titles: Sequence[str], texts: Sequence[str]) -> str:
         documents = [{"title": title, "text": text} for title, text in zip(titles, texts, strict=True)]
@@ -217,3 +221,10 @@ class ChatTemplate:
             return spaced not in self._apply([{"role": "user", "content": spaced}])
         except InvalidInputError:
             return False
+
+
+def _span(rendered: str, marks: Iterable[str]) -> tuple[int, int]:
+    """Return from where to where the marks of one document reach; a template may leave some out."""
+    places = [(rendered.find(mark), len(mark)) for mark in marks if mark in rendered]
+    (start, _), (last, length) = min(places), max(places)
+    return start, last + length

@@ -16,8 +16,8 @@ from rag_blockcache.passages import Passage
 
 BlocksSee = Literal["themselves", "preamble", "stand-ins"]
 
-# Short, of different kinds, and about nothing that anybody asks for (docs/decisions/0019). Changing a word of
-# them gives every block another name.
+# Short, of different kinds, and about nothing that anybody asks for (docs/decisions/0019). With a word
+# changed, an index made before is refused.
 STAND_INS = (
     Passage(
         title="Mill Lane",
@@ -32,21 +32,30 @@ STAND_INS = (
 )
 
 
-def choose_sight(asked: str | None, *, is_block_fine_tuned: bool) -> BlocksSee:
-    """Choose what blocks see.
-
-    Args:
-        asked: One of ``BlocksSee``; None leaves the choice to the model.
-        is_block_fine_tuned: Whether the model was trained on blocks that see themselves alone.
+def sight_named(asked: str | None) -> BlocksSee | None:
+    """Check what a user wants blocks to see; None leaves it to ``default_sight``.
 
     Raises:
         InvalidInputError: If nothing is called that.
     """
-    if asked is None:
-        return "themselves" if is_block_fine_tuned else "stand-ins"
-    for known in get_args(BlocksSee):
-        if asked == known:
-            return known  # type: ignore[no-any-return]
-    raise InvalidInputError(
-        f"blocks_see is {asked!r}; use one of {', '.join(map(repr, get_args(BlocksSee)))}"
-    )
+    known: dict[str, BlocksSee] = {each: each for each in get_args(BlocksSee)}
+    if asked is not None and asked not in known:
+        raise InvalidInputError(f"blocks_see is {asked!r}; use one of {', '.join(map(repr, known))}")
+    return None if asked is None else known[asked]
+
+
+def default_sight(is_block_fine_tuned: bool) -> BlocksSee:
+    """Choose for a user who says nothing: a model that was trained on the paper's blocks gets those."""
+    return "themselves" if is_block_fine_tuned else "stand-ins"
+
+
+def kind_of(blocks_see: BlocksSee) -> list[str]:
+    """Return what an index must have on record of what its blocks see, so that others are refused.
+
+    Returns:
+        Nothing for the paper's blocks; the words of stand-ins, where those are seen.
+    """
+    if blocks_see == "themselves":
+        return []
+    words = [word for each in STAND_INS for word in (each.title, each.text)]
+    return [blocks_see, *(words if blocks_see == "stand-ins" else ())]

@@ -1,4 +1,4 @@
-"""Blocks in, KV states out: batched prefill of passages, each attending to itself alone."""
+"""Blocks in, KV states out: batched prefill of passages, none of which sees another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def encode_blocks(
     """Compute the KV states of blocks, in batches of similar length.
 
     Blocks stand in rows of their own, padded at the end. No token attends to one after it, so padding changes
-    nothing and the fast causal kernel needs no mask.
+    nothing, and where blocks see themselves alone the fast causal kernel needs no mask.
 
     Args:
         model: The model.

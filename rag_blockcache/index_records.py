@@ -41,10 +41,10 @@ class IndexSettings:
     blocks_see: str = "themselves"
 
     @classmethod
-    def from_record(cls, texts: Mapping[str, str]) -> IndexSettings:
+    def from_record(cls, texts: Mapping[str, Any]) -> IndexSettings:
         """Return settings from their texts on record; what an older index does not say has its default."""
         given: dict[str, Any] = dict(texts)
-        if given.pop("condition_on_preamble", "0") == "1":  # as it was called before there were stand-ins
+        if given.pop("condition_on_preamble", False) in (True, "1"):  # its name before there were stand-ins
             given["blocks_see"] = "preamble"
         return cls(**given)
 

@@ -59,11 +59,12 @@ _IS_OWN = f"{_OWN_CONTENT} IS NOT NULL"
 _PAGE = 500  # rows in hand at a time where a table may be larger than memory
 
 _COMPARED = {
-    "codec": "the codec {0.codec}",  # before the fingerprint, which it is part of
+    # What the fingerprint depends on is named before it.
+    "codec": "the codec {0.codec}",
+    "conditioning": "{0.conditioning}",
     "fingerprint": "the model {0.model} (fingerprint {0.fingerprint})",
     "embedder": "the embedder {0.embedder}",
     "passage_format": "the passage format {0.passage_format}",
-    "conditioning": "{0.conditioning}",
     "splitting": "{0.splitting}",
 }
 

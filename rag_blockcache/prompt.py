@@ -89,7 +89,10 @@ class Prompt:
 
     def run_of_passages(self, passages: Sequence[Passage]) -> tuple[int, ...]:
         """Return the tokens of passages one behind the other, as a prompt of nothing else would begin."""
-        separator = self._encoder.text(self.format.separator)
+        if self._shape is None:
+            separator = self._encoder.text(self.format.separator)
+        else:
+            separator = self._encoder.template(self._shape.between)
         runs = ((*self.passage_tokens(passage), *separator) for passage in passages)
         return tuple(chain(self._encoder.template(self._encoder.start, is_start=True), *runs))
 

@@ -8,6 +8,7 @@ import pytest
 import qa_data
 import torch
 
+from rag_blockcache.conditioning import STAND_INS
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.evaluation.answer_run import AnswerRun
 from rag_blockcache.evaluation.arms import FULL_ARM, NO_PASSAGES, Arm, parse_arm, parse_arms
@@ -15,6 +16,7 @@ from rag_blockcache.evaluation.engines import Engines
 from rag_blockcache.evaluation.predictions import PredictionLog
 from rag_blockcache.evaluation.qa_examples import read_row
 from rag_blockcache.evaluation.variants import in_order
+from rag_blockcache.request import Question
 
 ARMS = parse_arms("block,link-4,block/unmoved,block/conditioned")
 TOKENS = 12
@@ -240,6 +242,25 @@ def test_a_block_that_saw_the_preamble_stays_behind_it_where_it_is_not_moved(eng
     found = measure(engines, one, parse_arms("block/unmoved/conditioned"))
     for example in one:  # which is where it stands
         assert found("block/unmoved/conditioned", example).divergence == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_block_that_saw_stand_ins_stays_behind_as_many_tokens_where_it_is_not_moved(engines, examples):
+    [arm] = parse_arms("block/unmoved/stand-ins")[2:]
+    cache = engines.of(arm)
+    example = examples[0]
+    cache.prefill(example.passages)
+    plan = cache._planner.plan(
+        Question(example.question, example.passages), policy="block", max_new_tokens=1, start=0.0
+    )
+    stand_ins = cache.prompt.run_of_passages(STAND_INS)
+    places = {cache._encoded_at(plan, index) for index in plan.blocks if index > 0}
+    assert places == {len(stand_ins)}
+    assert cache._encoded_at(plan, 0) == 0
+
+
+def test_auto_is_measured_with_the_blocks_that_are_served(engines):
+    of = {name: engines.of(parse_arm(name)).blocks_see for name in ("block", "block/stand-ins", "auto")}
+    assert of == {"block": "themselves", "block/stand-ins": "stand-ins", "auto": "stand-ins"}
 
 
 def test_arms_are_read_by_name():

@@ -16,6 +16,7 @@ from rag_blockcache.errors import IndexMismatchError, OutOfSpaceError, StoreErro
 from rag_blockcache.index_records import DocumentRecord, IndexSettings, PassageRecord
 from rag_blockcache.jobs import archive_writer
 from rag_blockcache.jobs.archive import export_index, import_index
+from rag_blockcache.jobs.archive_reader import read_settings
 from rag_blockcache.jobs.index_lock import index_lock
 from rag_blockcache.manifest import Manifest
 
@@ -250,6 +251,23 @@ def test_a_file_that_is_no_archive_and_one_that_is_missing_are_told_apart(tmp_pa
         import_index(tmp_path / "a.tar", tmp_path / "new")
     with pytest.raises(StoreError, match="check the path"):
         import_index(tmp_path / "missing.tar", tmp_path / "new")
+
+
+@pytest.mark.parametrize(("recorded", "meant"), [(True, "preamble"), (False, "themselves")])
+def test_an_archive_from_before_stand_ins_is_read(recorded, meant, index, tmp_path):
+    export_index(index, tmp_path / "a.tar")
+
+    def age(members):
+        described = json.loads(members[0][1])
+        del described["settings"]["blocks_see"]
+        described["settings"]["condition_on_preamble"] = recorded
+        content = json.dumps(described).encode()
+        members[0][0].size = len(content)
+        return [(members[0][0], content), *members[1:]]
+
+    rewrite(tmp_path / "a.tar", age)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert read_settings(tar, tmp_path / "a.tar").blocks_see == meant
 
 
 def test_a_description_of_another_index_is_refused(index, tmp_path):

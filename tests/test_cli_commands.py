@@ -382,6 +382,19 @@ def test_a_foreign_index_is_told_so(command, tmp_path):
 # estimate, export, import
 
 
+def test_what_blocks_see_is_recorded_kept_and_not_changed(corpus, tmp_path, models, tiny_model_path):
+    index(corpus, tmp_path / "kv", *models, "--blocks-see", "themselves")
+    assert "themselves" in run("status", tmp_path / "kv").stdout
+    assert index(corpus, tmp_path / "kv")["num_encoded_blocks"] == 0  # left out: as on record
+    answer = run_json("ask", tmp_path / "kv", "Who?", "--policy", "block", "--max-new-tokens", 2)
+    assert answer["num_hits"] > 0
+    assert answer["num_misses"] == 0
+    other = ("--blocks-see", "stand-ins")
+    assert "blocks_see='themselves', not blocks_see='stand-ins'" in error_of(
+        "index-and-prefill", corpus, "--out", tmp_path / "kv", *other
+    )
+
+
 @pytest.mark.parametrize("codec", ["none", "int8"])
 def test_an_estimate_is_what_the_job_then_does(corpus, tmp_path, models, codec):
     options = ("--max-passage-tokens", 60, "--codec", codec)

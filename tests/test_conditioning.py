@@ -6,9 +6,12 @@ import architectures
 import pytest
 import torch
 from test_equivalence import FLOAT32, block_masked_prefill, cache_of, distance, windows_of
+from transformers import AutoTokenizer
 
-from rag_blockcache import BlockCache, Passage, block_cache
+from rag_blockcache import BlockCache, Passage, block_cache, conditioning
 from rag_blockcache.errors import InvalidInputError
+from rag_blockcache.evaluation import prefill
+from rag_blockcache.prompt import Prompt
 
 LONG = "The mill has a thousand columns of figure wheels, and ground no flour. " * 3
 
@@ -18,8 +21,13 @@ def length(cache: BlockCache, passage: str) -> int:
 
 
 def is_alone(cache: BlockCache, passage: str) -> bool:
-    alone = cache_of(cache.model.network, cache.tokenizer)
-    return cache.block(passage).block_id == alone.block(passage).block_id
+    return not cache._blocks.seen_by(cache.block(passage).token_ids, preamble=())
+
+
+@pytest.mark.real_weights
+def test_the_benchmark_counts_as_many_tokens_as_stand_ins_have(smollm2_path):
+    prompt = Prompt(AutoTokenizer.from_pretrained(smollm2_path))
+    assert len(prompt.run_of_passages(conditioning.STAND_INS)) == prefill._STAND_IN_TOKENS
 
 
 @pytest.mark.parametrize(("fine_tuned", "seen"), [(True, "themselves"), (False, "stand-ins")])
@@ -29,24 +37,25 @@ def test_a_model_that_was_fine_tuned_on_blocks_gets_the_papers(fine_tuned, seen,
     assert cache_of(network, tiny_tokenizer, blocks_see=None).blocks_see == seen
 
 
-def test_what_is_unknown_is_refused_before_anything_is_made(tiny_model, tiny_tokenizer, tmp_path):
+def test_what_is_unknown_is_refused_before_the_model_is_loaded(tmp_path):
     with pytest.raises(
         InvalidInputError, match="blocks_see is 'neighbours'; use one of 'themselves', 'preamble'"
     ):
-        BlockCache(tiny_model, tmp_path / "kv", tokenizer=tiny_tokenizer, blocks_see="neighbours")
+        BlockCache(tmp_path / "no-such-model", tmp_path / "kv", blocks_see="neighbours")
     assert not (tmp_path / "kv").exists()
 
 
-def test_the_words_of_stand_ins_are_part_of_the_name(monkeypatch, tiny_model, tiny_tokenizer):
-    before = cache_of(tiny_model, tiny_tokenizer, blocks_see="stand-ins").block("Ada.").block_id
-    monkeypatch.setattr(block_cache, "STAND_INS", (Passage("It rained."),))
-    assert cache_of(tiny_model, tiny_tokenizer, blocks_see="stand-ins").block("Ada.").block_id != before
+def test_an_index_tells_other_words_of_stand_ins_from_its_own(monkeypatch, tiny_model, tiny_tokenizer):
+    before = cache_of(tiny_model, tiny_tokenizer, blocks_see="stand-ins")
+    monkeypatch.setattr(conditioning, "STAND_INS", (Passage("It rained."),))
+    after = cache_of(tiny_model, tiny_tokenizer, blocks_see="stand-ins")
+    assert after.block("Ada.").block_id != before.block("Ada.").block_id
+    assert after.fingerprint != before.fingerprint
+    assert after.auto_policy.record.prompt != before.auto_policy.record.prompt
 
 
-def test_a_preamble_of_any_length_has_one_block_and_stand_ins_change_no_prompt(tiny_model, tiny_tokenizer):
+def test_stand_ins_change_no_prompt(tiny_model, tiny_tokenizer):
     caches = [cache_of(tiny_model, tiny_tokenizer, blocks_see=seen) for seen in ("themselves", "stand-ins")]
-    names = [cache._blocks.preamble_block([1, 2, 3]).block_id for cache in caches]
-    assert names[0] == names[1]
     assert caches[0].segments("Who?", ["Ada."]) == caches[1].segments("Who?", ["Ada."])
 
 

@@ -188,8 +188,20 @@ def test_a_changed_index_file_is_made_again(index):
 def test_another_model_is_refused(index):
     other = BlockCache(index.cache.model.network, None, tokenizer=index.cache.tokenizer, salt="other")
     for job in (verify, collect_garbage):
-        with pytest.raises(IndexMismatchError, match=r"was made with the model tiny .* load the former"):
+        with pytest.raises(
+            IndexMismatchError, match=r"was made with the model tiny .* open it with the former"
+        ):
             job(cache=other, retriever=index.retriever, manifest=index.manifest)
+
+
+@pytest.mark.parametrize("action", [verify, collect_garbage])
+def test_blocks_of_another_kind_lose_nobody_a_passage(action, index, tiny_model, tiny_tokenizer):
+    with (
+        BlockCache(tiny_model, index.directory, tokenizer=tiny_tokenizer, blocks_see="themselves") as other,
+        pytest.raises(IndexMismatchError, match="blocks_see='themselves'"),
+    ):
+        action(**{**index.parts, "cache": other})
+    assert len(index.retriever) == len(index.passages)
 
 
 def test_progress_is_told_for_blocks_and_passages(index):

@@ -341,6 +341,17 @@ def test_documents_of_a_template_read_as_it_writes_them(template, preamble):
     assert blocks == [prompt.passage_tokens(passage) for passage in passages]
 
 
+@pytest.mark.parametrize("template", [DOCUMENT_TEMPLATE, JSON_DOCUMENT_TEMPLATE, TEXT_FIRST_TEMPLATE, None])
+def test_a_run_of_passages_reads_as_it_does_in_a_prompt(template):
+    tokenizer = byte_level(template or DOCUMENT_TEMPLATE)
+    prompt = Prompt(tokenizer, "template" if template else "verbatim")
+    last = Passage("It rained all day.", title="Rain")
+    run = tokenizer.decode(prompt.run_of_passages(PASSAGES[:2]))
+    whole = text(tokenizer, prompt.segments("Who?", [*PASSAGES[:2], last]))
+    assert run in whole
+    assert whole.split(run)[1].startswith(tokenizer.decode(prompt.passage_tokens(last)))
+
+
 def test_documents_need_a_template_that_shows_them():
     with pytest.raises(InvalidInputError, match="does not show documents"):
         Prompt(byte_level(), "template")

@@ -86,6 +86,7 @@ def _fingerprint(archive: Path, model: str, adapter: str | None, device: str | N
         dtype=settings.dtype or None,
         device=device,
         codec=settings.codec,
+        blocks_see=settings.blocks_see,
     )
 
 

@@ -90,10 +90,13 @@ def open_index(
 
 
 def fingerprint_of(
-    model: str, *, adapter: str | None, dtype: str | None, device: str | None, codec: str
+    model: str, *, adapter: str | None, dtype: str | None, device: str | None, codec: str, blocks_see: str
 ) -> str:
     """Load a model, and return what its blocks are told apart by."""
     from rag_blockcache.block_cache import BlockCache
 
-    with BlockCache(model, None, adapter=adapter, dtype=dtype, device=device, codec=codec) as cache:
+    cache = BlockCache(
+        model, None, adapter=adapter, dtype=dtype, device=device, codec=codec, blocks_see=blocks_see
+    )
+    with cache:
         return cache.fingerprint

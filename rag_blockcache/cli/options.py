@@ -56,7 +56,7 @@ BlocksSee: TypeAlias = Annotated[
     typer.Option(
         metavar="themselves|preamble|stand-ins",
         help="What a block attends to beside itself. If left out: nothing, for a block-fine-tuned model, and "
-        "for any other short stand-ins for other passages.",
+        "for any other short stand-ins for other passages. An index knows its own.",
     ),
 ]
 MaxPassageTokens: TypeAlias = Annotated[

@@ -28,7 +28,7 @@ class EvaluationOptions:
         }
     )
     policies: str = _option(
-        "block,link-16,link-16+query-0.08",
+        "block,block/stand-ins,auto",
         "Reuse policies. Behind each may stand /stand-ins or /conditioned (what blocks see), /int8 or /int4 "
         "(how blocks are kept) and /unmoved (no position re-encoding). full and no-passages are measured in "
         "any case.",

@@ -36,7 +36,7 @@ def read_settings(tar: tarfile.TarFile, archive: Path) -> IndexSettings:
             f"{FORMAT_VERSION}; install the version that wrote it, or export it again"
         )
     try:
-        return IndexSettings(**described["settings"])
+        return IndexSettings.from_record(described["settings"])
     except (KeyError, TypeError) as error:
         raise StoreError(f"the description in {archive} cannot be read ({error}); export it again") from error
 

@@ -210,7 +210,7 @@ class _Checking:
 
 
 def check_model(cache: BlockCache, manifest: Manifest) -> None:
-    """Refuse a model other than the one that the blocks on record were encoded with.
+    """Refuse a cache whose blocks are others than those on record: of another model, or of another kind.
 
     Raises:
         IndexMismatchError: Naming both.
@@ -219,6 +219,7 @@ def check_model(cache: BlockCache, manifest: Manifest) -> None:
     if settings is not None and settings.fingerprint != cache.fingerprint:
         raise IndexMismatchError(
             f"the index in {manifest.path.parent} was made with the model {settings.model} (fingerprint "
-            f"{settings.fingerprint}), not with {cache.model.network.name_or_path} ({cache.fingerprint}); "
-            "load the former"
+            f"{settings.fingerprint}) and {settings.conditioning}, not with "
+            f"{cache.model.network.name_or_path} ({cache.fingerprint}) and blocks_see={cache.blocks_see!r}; "
+            "open it with the former"
         )
