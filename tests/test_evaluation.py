@@ -327,7 +327,7 @@ def test_without_json_the_command_draws_a_table_and_says_where_the_report_is(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "fidelity" in result.stdout
-    assert "link-16" in result.stdout
+    assert "block/stand-ins" in result.stdout
     assert "3/3 questions" in result.stderr or "3/3" in result.stderr
     assert "index.html" in result.stderr.replace("\n", "")
 
@@ -435,8 +435,8 @@ def test_it_runs_without_the_libraries_of_the_command_line_and_of_the_index(
         "full",
         "no-passages",
         "block",
-        "link-16",
-        "link-16+query-0.08",
+        "block/stand-ins",
+        "auto",
     ]
     assert "2/2 questions" in result.stderr
     assert "the report has no plots: plots need matplotlib" in result.stderr

@@ -12,7 +12,7 @@ from typing import Any
 
 from rag_blockcache.errors import InvalidInputError, StoreError
 
-_VERSION = 1  # of the lines
+_VERSION = 2  # of the lines, and of what arms do: a rule that changes answers asks for another folder
 _HASHED = {"model": "another model, adapter or dtype", "preamble": "another preamble"}  # settings, for people
 
 
