@@ -82,16 +82,15 @@ def _attention(model: Model, context: Context, plans: Sequence[Plan]) -> list[Te
 class _QuestionAttention:
     """Adds up the attention of each row's question, while a pass goes through the layers.
 
-    Of each head counts what the one token pays that pays most, and the square root of it: a slot that
-    several heads want a little is worth more than one that a single head holds on to, as heads do
-    with line breaks and full stops (docs/decisions/0015).
+    Of each head counts what the one token pays that pays most, and the square root of it, so that a slot that
+    several heads want a little is worth more than one that a single head holds on to (docs/decisions/0015).
     """
 
     def __init__(self, model: Model, context: Context, plans: Sequence[Plan]) -> None:
         windowed = [layer.window is not None for layer in model.layers]
         # Windows hide most passages from the question, whatever it would like to see.
         open_layers = [i for i, is_windowed in enumerate(windowed) if not is_windowed or all(windowed)]
-        # The first layers look at words, and not yet at what they mean here.
+        # Without the first third, roots choose better (docs/decisions/0015).
         self._layers = set(open_layers[len(open_layers) // 3 :])
         self._starts, self._questions = context.starts, [plan.question for plan in plans]
         self.by_row = [torch.zeros(plan.num_tokens, device=model.device) for plan in plans]

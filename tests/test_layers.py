@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.models.llama import modeling_llama
 
-from rag_blockcache import BlockCache
+from rag_blockcache import BlockCache, self_check
 from rag_blockcache.errors import UnsupportedModelError
 from rag_blockcache.layers import find_layers
 from rag_blockcache.model import Model
@@ -134,6 +134,22 @@ def test_a_model_that_ignores_what_is_placed_fails_the_self_check(tiny_tokenizer
         return original(hidden_states, past_key_values=None, **options)
 
     monkeypatch.setattr(attention, "forward", types.MethodType(forward, attention))
+    with pytest.raises(UnsupportedModelError, match="other logits over reused states"):
+        check_reuse(model)
+
+
+@pytest.mark.parametrize("wrong", ["what stands before is not seen", "nan"])
+def test_a_block_that_is_wrong_behind_another_fails_the_self_check(wrong, tiny_tokenizer, monkeypatch):
+    model = Model(architectures.build("Llama", {}), tiny_tokenizer)
+    inner = self_check.encode_blocks
+
+    def encode(model, blocks, *, conditioned_on=None):
+        if wrong != "nan" or conditioned_on is None:
+            return inner(model, blocks)
+        [[(index, states)]] = inner(model, blocks, conditioned_on=conditioned_on)
+        return [[(index, states.mapped(lambda tensor: tensor * float("nan")))]]
+
+    monkeypatch.setattr(self_check, "encode_blocks", encode)
     with pytest.raises(UnsupportedModelError, match="other logits over reused states"):
         check_reuse(model)
 

@@ -12,6 +12,7 @@ from rag_blockcache.cli.failures import end_with, show_failures
 from rag_blockcache.cli.options import (
     Adapter,
     AsJson,
+    BlocksSee,
     Codec,
     Device,
     Documents,
@@ -51,6 +52,7 @@ def estimate(
     dtype: Dtype = None,
     passage_format: PassageFormat = None,
     codec: Codec = None,
+    blocks_see: BlocksSee = None,
     max_passage_tokens: MaxPassageTokens = None,
     overlap: Overlap = None,
     as_json: AsJson = False,
@@ -73,6 +75,7 @@ def estimate(
             adapter=adapter,
             passage_format=passage_format or "paper",
             codec=codec or "none",
+            blocks_see=blocks_see,
         ) as cache,
         ProgressBar(stderr()) as progress,
     ):
