@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -472,6 +473,50 @@ def test_distillation_pulls_towards_the_teacher(teacher, folder, tmp_path):
 def test_a_base_teacher_in_full_mode_has_nothing_to_teach_at_first(folder, tmp_path):
     report = finetune(recipe_in(folder, tmp_path / "run", distill=1.0, modes="full", steps=1))
     assert abs(report.history[0]["loss"]) < 1e-5
+
+
+def test_training_goes_on_from_an_adapter_which_teaches_unchanged(folder, tmp_path):
+    first = tmp_path / "first"
+    finetune(recipe_in(folder, first, modes="full", steps=3, learning_rate=1e-2))
+    options = {"start_from": str(first), "distill": 1.0, "teacher": "start", "steps": 4, "save_every": 2}
+    report = finetune(recipe_in(folder, tmp_path / "again", modes="full", **options))
+    assert abs(report.history[0]["loss"]) < 1e-5  # it says what its teacher says
+    assert report.record.recipe["start_from"] == "first"
+    before, after = weights_in(first), weights_in(tmp_path / "again")
+    assert before.keys() == after.keys()
+    blocks = finetune(recipe_in(folder, tmp_path / "blocks", modes="block", **options))
+    assert blocks.history[0]["loss"] > 1e-3  # over blocks it does not
+    assert any(not torch.equal(before[name], weights_in(tmp_path / "blocks")[name]) for name in before)
+
+
+def test_a_run_that_started_from_an_adapter_and_was_killed_gives_the_weights_of_one_that_was_not(
+    folder, tmp_path
+):
+    finetune(recipe_in(folder, tmp_path / "first", modes="full", steps=2))
+    options = {"start_from": str(tmp_path / "first"), "distill": 0.5, "teacher": "start", "save_every": 2}
+    recipe = recipe_in(folder, tmp_path / "whole", steps=4, **options)
+    finetune(recipe)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for path in (tmp_path / "killed").iterdir():
+        if path.name not in ("checkpoints", "run.json"):
+            path.unlink()
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "checkpoint-4")
+    finetune(dataclasses.replace(recipe, out=str(tmp_path / "killed")))
+    for name, weight in weights_in(tmp_path / "whole").items():
+        assert torch.equal(weight, weights_in(tmp_path / "killed")[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"teacher": "start", "distill": 0.5}, "nothing to start from"),
+        ({"start_from": "nowhere"}, "cannot start from nowhere"),
+        ({"start_from": "nowhere", "lora_rank": 0}, "no adapter"),
+    ],
+)
+def test_an_adapter_that_training_cannot_start_from_is_an_error(options, problem, folder, tmp_path):
+    with pytest.raises(InvalidInputError, match=problem):
+        finetune(recipe_in(folder, tmp_path / "run", **options))
 
 
 def test_steps_of_several_rows_are_averaged_over_all_their_answer_tokens(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -10,12 +11,13 @@ import architectures
 import pytest
 import torch
 from conftest import byte_tokenizer
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_finetuning import folder, recipe_in  # noqa: F401 - a fixture
 
 from rag_blockcache import BlockCache, Passage
 from rag_blockcache.errors import InvalidInputError, ModelNotFoundError
-from rag_blockcache.finetuning import finetune
+from rag_blockcache.finetuning import finetune, lora_layers
 from rag_blockcache.loading import load_model
 from rag_blockcache.training_record import RECORD_FILE, TrainingRecord, weights_fingerprint
 
@@ -166,3 +168,42 @@ def test_an_adapter_without_a_record_is_loaded_as_any_other(run, folder, tmp_pat
     model = load_model(folder / "model", adapter=adapter, device="cpu")
     assert not model.is_block_fine_tuned
     assert model.training_record is None
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["plain", "dora", "biased"])
+def test_fused_layers_compute_what_peft_computes_forwards_and_backwards(kind, dropout):
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        use_dora=kind == "dora",
+        lora_bias=kind == "biased",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(architectures.build("Llama", {}), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    fused = copy.deepcopy(model)
+    lora_layers.fuse(fused)
+    found = []
+    for each in (model, fused):
+        torch.manual_seed(1)  # of dropout
+        loss = each(input_ids=torch.arange(2, 30)[None]).logits.log_softmax(-1)[..., 5].sum()
+        loss.backward()
+        with each.disable_adapter():
+            bare = each(input_ids=torch.arange(2, 30)[None]).logits
+        found.append((loss, bare, [w.grad for w in each.parameters() if w.grad is not None]))
+    (loss, bare, gradients), (fused_loss, fused_bare, fused_gradients) = found
+    assert torch.equal(bare, fused_bare)
+    assert torch.allclose(loss, fused_loss, rtol=1e-5)
+    assert len(gradients) == len(fused_gradients) > 0
+    for gradient, other in zip(gradients, fused_gradients, strict=True):
+        assert torch.allclose(gradient, other, rtol=1e-3, atol=1e-5)
+    merged, fused_merged = (each.merge_and_unload() for each in (model, fused))
+    for weight, other in zip(merged.parameters(), fused_merged.parameters(), strict=True):
+        assert torch.equal(weight, other)

@@ -14,18 +14,20 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rag_blockcache import attention as grouped_attention
 from rag_blockcache.errors import InvalidInputError, UnsupportedModelError
-from rag_blockcache.finetuning import mask
+from rag_blockcache.finetuning import lora_layers, mask
 from rag_blockcache.finetuning.mask import Masks
-from rag_blockcache.finetuning.recipe import Recipe
+from rag_blockcache.finetuning.recipe import Recipe, Teacher
 from rag_blockcache.finetuning.samples import closing_tokens
 from rag_blockcache.loading import load_model
 from rag_blockcache.model import Model
 from rag_blockcache.training_record import RECORD_FILE, TrainingRecord, weights_fingerprint
+
+_TRAINED, _START = "default", "start"  # names of adapters inside the model
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,17 @@ def _end_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 def _with_adapter(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
     network.config._name_or_path = network.name_or_path = recipe.model_name  # no folder of this machine
+    with _without_warning_of_peft():
+        model = _going_on(network, recipe) if recipe.start_from else _starting(network, recipe)
+    lora_layers.fuse(model)
+    # Left to itself, PEFT asks the hub at every checkpoint whether the vocabulary has grown.
+    model.save_pretrained = functools.partial(  # type: ignore[method-assign]
+        model.save_pretrained, save_embedding_layers=False, selected_adapters=[_TRAINED]
+    )
+    return model
+
+
+def _starting(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
     config = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
@@ -166,13 +179,39 @@ def _with_adapter(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with _without_warning_of_peft():
-        model = cast(PeftModel, get_peft_model(network, config))
-    # Left to itself, PEFT asks the hub at every checkpoint whether the vocabulary has grown.
-    model.save_pretrained = functools.partial(  # type: ignore[method-assign]
-        model.save_pretrained, save_embedding_layers=False
-    )
+    return cast(PeftModel, get_peft_model(network, config, adapter_name=_TRAINED))
+
+
+def _going_on(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """Load an adapter to train; if it is to teach too, a second time, to stay as it is."""
+    assert recipe.start_from is not None
+    try:
+        model = PeftModel.from_pretrained(network, recipe.start_from, _TRAINED, is_trainable=True)
+        if recipe.teacher == "start":
+            model.load_adapter(recipe.start_from, _START)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InvalidInputError(
+            f"training cannot start from {recipe.start_from}: {error}; give an adapter of {recipe.model_name}"
+        ) from error
     return model
+
+
+@contextlib.contextmanager
+def as_teacher(network: nn.Module, teacher: Teacher) -> Iterator[None]:
+    """Let a model with an adapter, or without one if it teaches itself, be its teacher, inside this block."""
+    if teacher == "itself":
+        yield
+        return
+    model = cast(PeftModel, network)
+    if teacher == "base":
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(_START, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter(_TRAINED)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from rag_blockcache.errors import InvalidInputError
 
 Mode = Literal["block", "full"]
+Teacher = Literal["base", "start", "itself"]
 _LEARNING_RATES = {True: 5e-4, False: 2e-5}  # of an adapter, of all weights
 _NOT_OF_THE_RUN = {"out", "workers", "merge"}  # may differ when a run goes on
 
@@ -62,10 +63,14 @@ class Recipe:
     lora_rank: int = _option(32, "Rank of the adapter in every linear layer; 0 trains all weights.")
     lora_alpha: int = _option(64, "Scale of the adapter, divided by its rank.")
     lora_dropout: float = _option(0.0, "Dropout in the adapter.")
+    start_from: str | None = _option(
+        None, "Adapter of this model to go on with, hub id or folder; rank and scale are then those it has."
+    )
     distill: float = _option(0.0, "Share of the loss that is distance to the teacher, 0 to 1.")
-    teacher: Literal["base", "itself"] = _option(
+    teacher: Teacher = _option(
         "base",
-        "Who teaches under full attention: the model without its adapter, or as it is at that step.",
+        "Who teaches under full attention: the model without its adapter, with the adapter that training "
+        "started from, or as it is at that step.",
     )
     precision: Literal["bfloat16", "float32"] = _option("bfloat16", "What matrix products are computed in.")
     attention: Literal["auto", "flex", "sdpa"] = _option(
@@ -108,8 +113,16 @@ class Recipe:
     def _check_weights(self) -> None:
         if self.lora_rank < 0:
             raise InvalidInputError(f"lora_rank is {self.lora_rank}; give a rank, or 0 for all weights")
+        if self.teacher == "start" and not self.start_from:
+            raise InvalidInputError(
+                "teacher is 'start', and there is nothing to start from; name an adapter with --start_from"
+            )
         if self.is_adapter:
             return
+        if self.start_from:
+            raise InvalidInputError(
+                "with lora_rank 0 all weights are trained, and no adapter; leave start_from out"
+            )
         if self.distill and self.teacher == "base":
             raise InvalidInputError(
                 "with lora_rank 0 the base model changes and cannot teach; take teacher 'itself'"
@@ -150,4 +163,6 @@ class Recipe:
         for name in ("data", "eval_data"):
             options[name] = [Path(path).name for path in options[name]]
         options["passages"] = Path(self.passages).name if self.passages else None
+        if self.start_from and Path(self.start_from).is_dir():
+            options["start_from"] = Path(self.start_from).resolve().name
         return options

@@ -133,7 +133,7 @@ def _trainer(
         callbacks=[evaluations, Progress(tell, recipe.row_tokens * recipe.rows_per_step)],
         masks=trainee.masks,
         distill=recipe.distill,
-        teaches_itself=recipe.teacher == "itself",
+        teacher=recipe.teacher,
         has_base=recipe.is_adapter,
     )
     trainer.remove_callback(PrinterCallback)  # prints on stdout

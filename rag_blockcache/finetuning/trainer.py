@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch.nn import functional
 from transformers import Trainer
 
 from rag_blockcache.finetuning.mask import Masks
+from rag_blockcache.finetuning.network import as_teacher
 from rag_blockcache.finetuning.packing import IGNORED, part_of
+from rag_blockcache.finetuning.recipe import Teacher
 
 KINDS = ("block", "full", "text")  # answers by the mode they are learned in, and general text
 _PART = 4096  # tokens; a teacher of a part of a row is compiled for few lengths
@@ -66,16 +67,16 @@ class BlockTrainer(Trainer):
     Args:
         masks: Of the model.
         distill: Share of the loss of answers that is distance to the teacher.
-        teaches_itself: Their teacher is the model as it is, and not as it was before training.
+        teacher: Who teaches them, see ``Recipe``.
         has_base: The model is one with an adapter, without which it is the base.
         **options: As for transformers' Trainer.
     """
 
     def __init__(
-        self, *, masks: Masks, distill: float, teaches_itself: bool, has_base: bool, **options: Any
+        self, *, masks: Masks, distill: float, teacher: Teacher, has_base: bool, **options: Any
     ) -> None:
         super().__init__(**options)
-        self._masks, self._distill, self._teaches_itself = masks, distill, teaches_itself
+        self._masks, self._distill, self._teacher = masks, distill, teacher
         self._has_base = has_base
         # The Trainer then counts the labels of a step, and leaves dividing by their number to us.
         self.model_accepts_loss_kwargs = True
@@ -95,11 +96,11 @@ class BlockTrainer(Trainer):
         losses = functional.cross_entropy(logits, inputs["labels"][0, 1:][places], reduction="none")
         is_text = inputs["is_text"][0, 1:][places].bool()
         if self._has_base and bool(is_text.any()):
-            taught = self._teacher_logits(model, inputs, of_text=True, by_itself=False)
+            taught = self._teacher_logits(model, inputs, of_text=True, teacher="base")
             losses = losses.masked_scatter(is_text, distance_to(taught, logits[is_text]))
         self._note(inputs, losses.detach())
         if self._distill and not bool(is_text.all()):
-            taught = self._teacher_logits(model, inputs, of_text=False, by_itself=self._teaches_itself)
+            taught = self._teacher_logits(model, inputs, of_text=False, teacher=self._teacher)
             distances = distance_to(taught, logits[~is_text])
             mixed = (1 - self._distill) * losses[~is_text] + self._distill * distances
             losses = losses.masked_scatter(~is_text, mixed)
@@ -119,13 +120,12 @@ class BlockTrainer(Trainer):
 
     @torch.no_grad()
     def _teacher_logits(
-        self, model: nn.Module, inputs: dict[str, Any], *, of_text: bool, by_itself: bool
+        self, model: nn.Module, inputs: dict[str, Any], *, of_text: bool, teacher: Teacher
     ) -> Tensor:
         """Return what a teacher says of the learned tokens of text, or of answers, under full attention."""
         is_wanted = inputs["is_text"][0].bool() == of_text
         part = part_of(inputs, is_wanted, multiple_of=_PART if self._masks.is_flex else 1)
-        network: Any = self.accelerator.unwrap_model(model)
-        with contextlib.nullcontext() if by_itself else network.disable_adapter():
+        with as_teacher(self.accelerator.unwrap_model(model), teacher):
             return learned_logits(model, part, self._masks, full=True)
 
     def _note(self, inputs: dict[str, Any], losses: Tensor) -> None:
