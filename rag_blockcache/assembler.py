@@ -78,7 +78,7 @@ class Context(Cache):
         self.length = scratch + max(lengths)  # slots in use; all rows end here
         self.starts = [self.length - length for length in lengths]
         self._cursor = _Cursor()
-        self._lock = model.lock
+        self._angles = model.angles
         self._has_own_kernels = model.cuda_graphs
         self._runs, memory = _allocate(model, len(lengths), self.length + room)
         weakref.finalize(self, model.buffers.give, memory)
@@ -106,17 +106,13 @@ class Context(Cache):
         if not placements:
             return
         reach = max(placed.offset + placed.states.num_tokens for placed in placements)
-        angles: dict[Any, Angles | None] = {}
         for run in self._runs:
-            known = (run.layer.rotary, run.keys.device)
-            if known not in angles:
-                with self._lock:  # some rotary modules change with the length that they are shown
-                    angles[known] = _angles(run.layer, reach, total_length)
+            angles = self._angles(run.layer, reach, total_length)
             if not self._has_own_kernels or not _place_at_once(
-                run, row, self.starts[row], placements, angles[known]
+                run, row, self.starts[row], placements, angles
             ):
                 for placed in placements:
-                    _place(run, row, self.starts[row], placed, angles[known])
+                    _place(run, row, self.starts[row], placed, angles)
 
     @property
     def num_bytes(self) -> int:
@@ -261,12 +257,6 @@ def _allocate(model: Model, num_rows: int, num_slots: int) -> tuple[list[_Run], 
         runs.append(_Run(start, start + len(members), members[0], keys, values))
         memory += pair
     return runs, memory
-
-
-def _angles(layer: Layer, reach: int, total_length: int) -> Angles | None:
-    if layer.rotary is None:
-        return None
-    return layer.rotary.angles(torch.arange(reach, device=layer.device), total_length=total_length)
 
 
 def _place_at_once(

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_blockcache import attention as grouped_attention
 from rag_blockcache.kv_states import Buffers
-from rag_blockcache.layers import find_layers
+from rag_blockcache.layers import Layer, Rotary, find_layers
+from rag_blockcache.rotary import Angles
 from rag_blockcache.training_record import TrainingRecord
 
 # Of KV states and of the names of blocks: an index of another one is refused, not missed block by block.
@@ -77,6 +78,7 @@ class Model:
         with self.inference():
             self.layers = find_layers(network)
         self._regime_bound, self._regime_kind = _regime_of(self.config)
+        self._angles: dict[tuple[Rotary, torch.device], Angles] = {}
         self.fingerprint = _fingerprint(self)
 
     @property
@@ -147,6 +149,36 @@ class Model:
         if self._regime_bound is None or total_length <= self._regime_bound:
             return ""
         return "long" if self._regime_kind == "longrope" else None
+
+    def angles(self, layer: Layer, reach: int, total_length: int) -> Angles | None:
+        """Return the angles of all positions before ``reach``, and maybe further ones, as a layer turns keys.
+
+        They are kept from one prompt to the next, where its length does not choose the frequencies.
+
+        Args:
+            layer: One of ``layers``.
+            reach: Number of positions.
+            total_length: Tokens of the prompt.
+
+        Returns:
+            None if keys of the layer carry no position.
+        """
+        if layer.rotary is None:
+            return None
+        size = 1 << max(reach - 1, 1023).bit_length()
+        with self.lock:  # some rotary modules change with the length that they are shown
+            if self.regime(total_length) != "" or self.regime(size) != "":
+                return self._new_angles(layer, reach, total_length)
+            known = self._angles.get((layer.rotary, layer.device))
+            if known is None or len(known.cos) < reach:
+                known = self._new_angles(layer, size, size)
+                self._angles[layer.rotary, layer.device] = known
+            return known
+
+    @torch.inference_mode()
+    def _new_angles(self, layer: Layer, reach: int, total_length: int) -> Angles:
+        assert layer.rotary is not None
+        return layer.rotary.angles(torch.arange(reach, device=layer.device), total_length=total_length)
 
     def regime_position(self, regime: str) -> int | None:
         """Return a position that shows ``regime`` to the model when it stands in a batch; None if usual."""

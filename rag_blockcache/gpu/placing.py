@@ -5,6 +5,7 @@ With a launch for each block, and several for each step, launching would take lo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,8 +52,8 @@ def _launch(
     """Place blocks of one form that are on the device, all at once."""
     num_layers, num_kv_heads, _, head_dim = keys.shape
     form = type(moved[0].states)
-    table = _Table(form.names())
-    rows = np.array([table.row(each) for each in moved], dtype=np.int64)
+    copies: list[Tensor] = []  # to be read by a launch that is still to come
+    rows = _table(moved, copies)
     words = torch.from_numpy(rows)
     if keys.is_cuda:
         words = words.pin_memory().to(keys.device, non_blocking=True)
@@ -76,43 +77,52 @@ def _launch(
         num_pairs=num_pairs,
         block_pairs=_power_of_two(max(num_pairs, 1)),
         is_interleaved=interleaved,
-        is_aligned=head_dim % 16 == 0 and table.is_aligned(rows),
+        is_aligned=head_dim % 16 == 0 and _is_aligned(rows, form.names()),
         block_tokens=_TOKENS,
         num_warps=4,
     )
 
 
-class _Table:
-    """Describes blocks as ``placing_kernels`` reads them; hundreds of them, while the GPU waits.
+# What ``placing_kernels`` reads of a block wherever it goes. Stored blocks come again and again, and there
+# are hundreds of them while the GPU waits.
+_described: weakref.WeakKeyDictionary[BlockStates, tuple[int, ...]] = weakref.WeakKeyDictionary()
+
+
+def _table(moved: Sequence[Moved], copies: list[Tensor]) -> NDArray[np.int64]:
+    """Describe blocks of one form as ``placing_kernels`` reads them, a row each.
 
     Args:
-        names: Of the tensors of their form.
+        moved: The blocks.
+        copies: Takes what had to be copied for it.
     """
+    rows = np.array([_described.get(each.states) or _describe(each.states, copies) for each in moved], np.int64)
+    rows[:, 1] = [each.slot for each in moved]
+    rows[:, 2] = [each.position for each in moved]
+    return rows
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self._groups = names.index("key_scales") if "key_scales" in names else None
-        self._copies: list[Tensor] = []  # to be read by a launch that is still to come
 
-    def row(self, moved: Moved) -> list[int]:
-        """Describe one block."""
-        tensors = [getattr(moved.states, name) for name in self._names]
-        num_groups = 0 if self._groups is None else tensors[self._groups].shape[2]
-        row = [tensors[-1].shape[2], moved.slot, moved.position, num_groups]
-        for tensor in tensors:
-            layer_stride, head_stride, *within = tensor.stride()
-            if within != [tensor.shape[3], 1]:  # the kernel expects whole rows, one behind the other
-                tensor = tensor.contiguous()
-                self._copies.append(tensor)
-                layer_stride, head_stride = tensor.stride()[:2]
-            row += (tensor.data_ptr(), layer_stride, head_stride)
-        return row
+def _describe(states: BlockStates, copies: list[Tensor]) -> tuple[int, ...]:
+    names, are_whole = states.names(), True
+    num_groups = getattr(states, "key_scales").shape[2] if "key_scales" in names else 0
+    row = [states.num_tokens, 0, 0, num_groups]
+    for name in names:
+        tensor: Tensor = getattr(states, name)
+        layer_stride, head_stride, *within = tensor.stride()
+        if within != [tensor.shape[3], 1]:  # the kernel expects whole rows, one behind the other
+            tensor, are_whole = tensor.contiguous(), False
+            copies.append(tensor)
+            layer_stride, head_stride = tensor.stride()[:2]
+        row += (tensor.data_ptr(), layer_stride, head_stride)
+    if are_whole:
+        _described[states] = tuple(row)
+    return tuple(row)
 
-    def is_aligned(self, rows: NDArray[np.int64]) -> bool:
-        """Return whether the rows of all blocks begin at multiples of 16 bytes, and of 16 elements."""
-        wide = [index for index, name in enumerate(self._names) if name not in _NARROW]
-        columns = [HEADER + 3 * index + offset for index in wide for offset in range(3)]
-        return not (rows[:, columns] & 15).any()
+
+def _is_aligned(rows: NDArray[np.int64], names: Sequence[str]) -> bool:
+    """Return whether the rows of all blocks begin at multiples of 16 bytes, and of 16 elements."""
+    wide = [index for index, name in enumerate(names) if name not in _NARROW]
+    columns = [HEADER + 3 * index + offset for index in wide for offset in range(3)]
+    return not (rows[:, columns] & 15).any()
 
 
 def _num_value_groups(states: BlockStates) -> int:
