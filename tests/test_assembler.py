@@ -27,6 +27,23 @@ def states_of(model, num_tokens, seed=0):
     return KVStates(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-dynamic", "llama-yarn", "phi3-longrope"])
+def test_angles_that_are_kept_are_those_of_each_prompt(name, tiny_tokenizer):
+    kept = Model(architectures.accepted(name), tiny_tokenizer)
+    bound = kept.max_length if name == "llama-dynamic" else 128  # where the frequencies of two of them change
+    for length in (100, bound, bound + 1, 300, 2000, 100):
+        if kept.regime(length) is None:
+            continue  # nothing is placed in such a prompt
+        fresh = architectures.accepted(name)
+        rotary = Model(fresh, tiny_tokenizer).layers[0].rotary
+        expected = rotary.angles(torch.arange(90), total_length=length)
+        found = kept.angles(kept.layers[0], 90, length).at(0, 90)
+        assert torch.equal(found.cos, expected.cos), length
+        assert torch.equal(found.sin, expected.sin), length
+    if name == "llama":
+        assert kept.angles(kept.layers[0], 90, 300) is kept.angles(kept.layers[0], 1024, 1100)
+
+
 def test_blocks_stand_in_their_slots_and_leave_the_others_alone(model):
     context = Context(model, [20], room=4)
     for layer in context.layers:

@@ -204,8 +204,12 @@ def as_teacher(network: nn.Module, teacher: Teacher) -> Iterator[None]:
         return
     model = cast(PeftModel, network)
     if teacher == "base":
-        with model.disable_adapter():
+        # Of the tuner, not of the model: that one looks at every layer first, before every step.
+        model.base_model.disable_adapter_layers()
+        try:
             yield
+        finally:
+            model.base_model.enable_adapter_layers()
         return
     model.set_adapter(_START, inference_mode=True)
     try:
