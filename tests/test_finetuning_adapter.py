@@ -170,7 +170,7 @@ def test_an_adapter_without_a_record_is_loaded_as_any_other(run, folder, tmp_pat
     assert model.training_record is None
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:`lora_bias=True`")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["plain", "dora", "biased"])
 def test_fused_layers_compute_what_peft_computes_forwards_and_backwards(kind, dropout):
@@ -204,6 +204,8 @@ def test_fused_layers_compute_what_peft_computes_forwards_and_backwards(kind, dr
     assert len(gradients) == len(fused_gradients) > 0
     for gradient, other in zip(gradients, fused_gradients, strict=True):
         assert torch.allclose(gradient, other, rtol=1e-3, atol=1e-5)
+    if kind == "biased":
+        return  # layers without a bias of their own cannot take one in
     merged, fused_merged = (each.merge_and_unload() for each in (model, fused))
     for weight, other in zip(merged.parameters(), fused_merged.parameters(), strict=True):
         assert torch.equal(weight, other)

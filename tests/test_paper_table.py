@@ -68,4 +68,16 @@ def test_predictions_are_read_by_arm(tmp_path):
         {"arm": arm, "dataset": "nq", "key": "a", "is_correct": arm == "full"} for arm in ("full", "block")
     ]
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert paper_table.read(tmp_path) == {"full": {("nq", "a"): True}, "block": {("nq", "a"): False}}
+    assert paper_table.read([tmp_path]) == {"full": {("nq", "a"): True}, "block": {("nq", "a"): False}}
+
+
+def test_what_was_not_asked_has_no_row():
+    answered = runs(lambda *_: True)
+    del answered["stock"], answered["adapter"]["block/unmoved"]
+    rows, _ = paper_table.table(answered)
+    expected = [
+        label
+        for run, arm, label in paper_table.ROWS
+        if run != "stock" and (run, arm) != ("adapter", "block/unmoved")
+    ]
+    assert [row["row"] for row in rows] == expected

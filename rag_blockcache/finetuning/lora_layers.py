@@ -27,12 +27,12 @@ def fuse(network: nn.Module) -> None:
 
 def _forward(layer: Linear, x: Tensor) -> Tensor:
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return cast(Tensor, Linear.forward(layer, x))
+        return Linear.forward(layer, x)
     [name] = layer.active_adapters
     if layer.lora_variant.get(name) is not None or layer.lora_B[name].bias is not None:
-        return cast(Tensor, Linear.forward(layer, x))
+        return Linear.forward(layer, x)
     result: Tensor = layer.base_layer(x)
-    down, up = (part[name].weight.to(result.dtype) for part in (layer.lora_A, layer.lora_B))
+    down, up = (cast(nn.Linear, part[name]).weight.to(result.dtype) for part in (layer.lora_A, layer.lora_B))
     inner = functional.linear(layer.lora_dropout[name](x), down)
     rows = torch.addmm(result.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=layer.scaling[name])
     return rows.view(result.shape)

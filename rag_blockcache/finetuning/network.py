@@ -205,11 +205,12 @@ def as_teacher(network: nn.Module, teacher: Teacher) -> Iterator[None]:
     model = cast(PeftModel, network)
     if teacher == "base":
         # Of the tuner, not of the model: that one looks at every layer first, before every step.
-        model.base_model.disable_adapter_layers()
+        tuner: Any = model.base_model
+        tuner.disable_adapter_layers()
         try:
             yield
         finally:
-            model.base_model.enable_adapter_layers()
+            tuner.enable_adapter_layers()
         return
     model.set_adapter(_START, inference_mode=True)
     try:

@@ -67,7 +67,7 @@ class Recipe:
         None, "Adapter of this model to go on with, hub id or folder; rank and scale are then those it has."
     )
     distill: float = _option(0.0, "Share of the loss that is distance to the teacher, 0 to 1.")
-    teacher: Teacher = _option(
+    teacher: Teacher = _option(  # noqa: RUF009 - a literal, as the others are
         "base",
         "Who teaches under full attention: the model without its adapter, with the adapter that training "
         "started from, or as it is at that step.",
@@ -115,7 +115,7 @@ class Recipe:
             raise InvalidInputError(f"lora_rank is {self.lora_rank}; give a rank, or 0 for all weights")
         if self.teacher == "start" and not self.start_from:
             raise InvalidInputError(
-                "teacher is 'start', and there is nothing to start from; name an adapter with --start_from"
+                "teacher is 'start', and there is nothing to start from; name an adapter in start_from"
             )
         if self.is_adapter:
             return

@@ -95,18 +95,19 @@ def _table(moved: Sequence[Moved], copies: list[Tensor]) -> NDArray[np.int64]:
         moved: The blocks.
         copies: Takes what had to be copied for it.
     """
-    rows = np.array([_described.get(each.states) or _describe(each.states, copies) for each in moved], np.int64)
+    rows = np.array(
+        [_described.get(each.states) or _describe(each.states, copies) for each in moved], np.int64
+    )
     rows[:, 1] = [each.slot for each in moved]
     rows[:, 2] = [each.position for each in moved]
     return rows
 
 
 def _describe(states: BlockStates, copies: list[Tensor]) -> tuple[int, ...]:
-    names, are_whole = states.names(), True
-    num_groups = getattr(states, "key_scales").shape[2] if "key_scales" in names else 0
+    tensors, are_whole = states.tensors(), True
+    num_groups = tensors["key_scales"].shape[2] if "key_scales" in tensors else 0
     row = [states.num_tokens, 0, 0, num_groups]
-    for name in names:
-        tensor: Tensor = getattr(states, name)
+    for tensor in tensors.values():
         layer_stride, head_stride, *within = tensor.stride()
         if within != [tensor.shape[3], 1]:  # the kernel expects whole rows, one behind the other
             tensor, are_whole = tensor.contiguous(), False

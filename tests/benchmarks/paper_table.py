@@ -1,17 +1,19 @@
 """The table of the paper from reports of ``rag-blockcache eval``: accuracy by kind of training and attention.
 
-    python tests/benchmarks/paper_table.py --stock DIR --control DIR --adapter DIR --results FILE --out FILE
+    python tests/benchmarks/paper_table.py --control DIR --adapter DIR [--stock DIR] --results FILE --out FILE
 
 What: three runs over the same questions are read: the published model, the same model fine-tuned under full
 attention alone (the control, "SFT" in the paper), and block-fine-tuned on the same data for as many steps.
 Each row is compared with the control under full attention, question by question: the interval is a paired
-bootstrap's, of the average over the benchmarks.
+bootstrap's, of the average over the benchmarks. What was not asked at all has no row; what was asked some of
+the questions only is an error.
 
 How it can mislead: one training run of each kind; another seed would move each row by a point or so.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +33,18 @@ ROWS = (  # run, arm, what it is called
 BASELINE = ("control", "full")
 
 
-def read(folder: Path) -> dict[str, dict[tuple[str, str], bool]]:
+def read(folders: Sequence[Path]) -> dict[str, dict[tuple[str, str], bool]]:
     """Return whether each answer is right, by arm, then by benchmark and question."""
     found: dict[str, dict[tuple[str, str], bool]] = {}
-    for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found.setdefault(row["arm"], {})[row["dataset"], row["key"]] = row["is_correct"]
+    for folder in folders:
+        for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            found.setdefault(row["arm"], {})[row["dataset"], row["key"]] = row["is_correct"]
     return found
 
 
 def table(runs: dict[str, dict[str, dict[tuple[str, str], bool]]]) -> tuple[list[dict], list[str]]:
-    """Return the rows, and the benchmarks; every arm must have answered every question."""
+    """Return the rows, and the benchmarks; an arm must have answered every question, or none."""
     questions = sorted(runs[BASELINE[0]][BASELINE[1]])
     datasets = sorted({dataset for dataset, _ in questions})
     resamples = {name: Resamples([key for dataset, key in questions if dataset == name]) for name in datasets}
@@ -60,6 +63,8 @@ def table(runs: dict[str, dict[str, dict[tuple[str, str], bool]]]) -> tuple[list
     baseline = np.mean(list(draws(*BASELINE).values()), axis=0)
     rows = []
     for run, arm, label in ROWS:
+        if arm not in runs.get(run, {}):
+            continue
         drawn = draws(run, arm)
         average = np.mean(list(drawn.values()), axis=0)
         gain = Interval.of(100 * (average - baseline))
@@ -78,13 +83,20 @@ def table(runs: dict[str, dict[str, dict[tuple[str, str], bool]]]) -> tuple[list
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the paper's table of three evaluations.")
     for run in ("stock", "control", "adapter"):
-        parser.add_argument(f"--{run}", type=Path, required=True, help="folder of its report")
+        parser.add_argument(
+            f"--{run}",
+            type=Path,
+            required=run != "stock",
+            help="folder of its report, or several of them",
+            nargs="+",
+        )
     parser.add_argument(
         "--results", type=Path, required=True, help="result file of the control: hardware, versions"
     )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows, datasets = table({run: read(getattr(options, run)) for run in ("stock", "control", "adapter")})
+    given = {run: getattr(options, run) for run in ("stock", "control", "adapter")}
+    rows, datasets = table({run: read(folders) for run, folders in given.items() if folders})
     measured = json.loads(options.results.read_text(encoding="utf-8"))
     columns = {"row": "model and attention"} | {name: name for name in datasets}
     columns |= {"average": "average", "gain": "less the control", "gain_interval": "95 %"}
