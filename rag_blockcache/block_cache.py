@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -44,6 +45,7 @@ from rag_blockcache.passages import Block, Passage, as_passages
 from rag_blockcache.plan import Plan
 from rag_blockcache.planner import Planner
 from rag_blockcache.policy_record import without_guard
+from rag_blockcache.prefetcher import Prefetcher
 from rag_blockcache.prefiller import prefill_passages
 from rag_blockcache.prompt import Prompt
 from rag_blockcache.quantization import codec_named
@@ -176,6 +178,7 @@ class BlockCache:
         self._planner = Planner(self.model, self.prompt, self._blocks, Matcher(self._registry))
         self._break_even = BreakEven(self.model)
         self._kept = KeptContexts(self.model, context_budget_bytes)
+        self._prefetcher = Prefetcher(self._planner, self.store)
         # Every prompt needs it; those of other system prompts come and go like passages.
         self.store.pin([self._blocks.preamble_block(self._planner.usual_preamble()).block_id])
 
@@ -189,6 +192,7 @@ class BlockCache:
         """Write what is still in flight, and let go of the store."""
         if self._guard is not None:
             self._guard.close()
+        self._prefetcher.close()
         self._kept.clear()
         self.store.close()
         self._registry.close()
@@ -251,6 +255,21 @@ class BlockCache:
         return prefill_passages(
             self._planner, self._blocks, given, num_total=total, progress=progress, evict=evict
         )
+
+    def prefetch(self, passages: Iterable[str | Passage]) -> Future[int]:
+        """Bring the blocks of passages from the disk into memory, in the background.
+
+        A retriever names passages before a reranker is done with them, and before the prompt is written: time
+        in which a disk can be read. ``PrefilledIndex.search`` does this for what it finds. What is not
+        stored is passed over; nothing is encoded.
+
+        Args:
+            passages: Those that may be asked about next.
+
+        Returns:
+            A future of how many blocks came from the disk. Nobody needs to wait for it.
+        """
+        return self._prefetcher.prefetch(as_passages(passages))
 
     def register(self, passages: Iterable[str | Passage]) -> None:
         """Make texts known, so that they are found in prompts; nothing is encoded before they are.

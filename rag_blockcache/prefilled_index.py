@@ -189,8 +189,14 @@ class PrefilledIndex:
         where: Where | None = None,
         among: Sequence[str] | None = None,
     ) -> list[SearchResult]:
-        """Find the passages most similar to a question or vector; see ``Retriever.search_many``."""
-        return self._retriever.search(query, k, where=where, among=among)
+        """Find the passages most similar to a question or vector; see ``Retriever.search_many``.
+
+        Where a cache is loaded, it begins to read their blocks; see ``BlockCache.prefetch``.
+        """
+        found = self._retriever.search(query, k, where=where, among=among)
+        if self._cache is not None and _is_loaded(self._cache):
+            _loaded(self._cache).prefetch(result.passage for result in found)
+        return found
 
     def find(self, where: Where) -> list[str]:
         """Return the ids of the passages whose metadata meet conditions, oldest first."""
@@ -269,6 +275,10 @@ def _loaded(cache: BlockCache | SharedCache) -> BlockCache:
     from rag_blockcache.shared_cache import SharedCache  # loads torch, which an index alone does without
 
     return cache.get() if isinstance(cache, SharedCache) else cache
+
+
+def _is_loaded(cache: BlockCache | SharedCache) -> bool:
+    return bool(getattr(cache, "is_loaded", True))  # a cache is, a handle on one may not be
 
 
 def _addition(

@@ -118,6 +118,20 @@ class TieredStore(BlockStore):
         found |= loaded
         return {block_id: found[block_id] for block_id in wanted if block_id in found}
 
+    def prefetch(self, block_ids: Iterable[str]) -> list[str]:
+        """Bring blocks from disk into memory before anybody asks for them; no use is counted.
+
+        Returns:
+            Ids of those that came from the disk, in order.
+        """
+        if self.disk is None:
+            return []
+        memory = self.memory
+        loaded = self.disk.preload(name for name in block_ids if memory is None or name not in memory)
+        if memory is not None:
+            memory.put_many(loaded)
+        return list(loaded)
+
     def pin(self, block_ids: Iterable[str]) -> None:
         """Keep these blocks from eviction in every tier, now or when they arrive."""
         pinned = list(block_ids)
