@@ -3,7 +3,9 @@
 The corpus is what ``help()`` shows in every Python (``pydoc_data.topics``), as text files. The job behind
 ``rag-blockcache index-and-prefill`` splits, embeds and prefills it, once: a second run finds it done.
 Then questions are answered from the stored blocks, and the same token ids are prefilled in full for
-comparison. It needs no network; see ``small_models``.
+comparison. The model is one that was fine-tuned on blocks, with the adapter beside this file; ``--stock``
+takes it as it was published, of which part of each block is computed again. It needs no network; see
+``small_models``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import shutil
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,7 +31,7 @@ from rag_blockcache.answers import Answer
 from rag_blockcache.cli.progress import ProgressBar
 from rag_blockcache.cli.units import format_bytes, format_count, format_seconds
 from rag_blockcache.errors import IndexMismatchError
-from rag_blockcache.jobs.index_and_prefill import index_and_prefill
+from rag_blockcache.jobs.index_and_prefill import index_and_prefill, settings_of
 from rag_blockcache.jobs.splitting import PassageSplitter
 from rag_blockcache.manifest import Manifest
 from rag_blockcache.retriever import Retriever
@@ -43,21 +45,21 @@ QUESTIONS = {  # and how many passages each is answered from, so that the plot s
     "What does the return statement do?": 13,
 }
 
+ADAPTER = Path(__file__).parent / "adapters" / "smollm2-135m-instruct-block"
+
 console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One prompt: answered from reused blocks, and the time to its first token in two other ways.
+    """One prompt: answered from reused blocks, and the time to its first token without them.
 
     Attributes:
         reused: What the user sees, under the default policy.
-        block_ttft_seconds: With nothing computed again, as the paper does on a model fine-tuned for it.
         full_ttft_seconds: With everything computed, as without this library.
     """
 
     reused: Answer
-    block_ttft_seconds: float
     full_ttft_seconds: float
 
     @property
@@ -93,7 +95,7 @@ def write_corpus(folder: Path, num_words: int | None) -> None:
 
 
 def ask(cache: BlockCache, retriever: Retriever, question: str, num_passages: int) -> Measurement:
-    """Stream an answer and show its sources, then take the other times on the same prompt."""
+    """Stream an answer and show its sources, then take the time of full prefill on the same prompt."""
     found = retriever.search(question, k=num_passages)
     passages = [result.passage for result in reversed(found)]  # the best one next to the question
     console.print(f"\n[bold]{question}[/bold]")
@@ -102,22 +104,20 @@ def ask(cache: BlockCache, retriever: Retriever, question: str, num_passages: in
         console.print(piece, end="", markup=False, soft_wrap=True)
     answer = stream.answer
     assert answer is not None  # it is there once the stream was read to its end
-    block, full = (
-        cache.generate(question, passages, max_new_tokens=1, policy=policy, do_sample=False).ttft_seconds
-        for policy in ("block", "full")
-    )
+    alone = cache.generate(question, passages, max_new_tokens=1, policy="full", do_sample=False)
+    full = alone.ttft_seconds
     sources = dict.fromkeys(Path(str(result.passage.metadata["source"])).stem for result in found)
     console.print(
         f"\n[dim]from {len(found)} passages of {', '.join(sources)}\nfirst token after "
         f"{format_seconds(answer.ttft_seconds)}, with full prefill after {format_seconds(full)}[/dim]"
     )
-    return Measurement(answer, block, full)
+    return Measurement(answer, full)
 
 
 def show(measurements: list[Measurement], num_bytes_on_disk: int) -> None:
     """Draw the table."""
     table = Table(title="Time to the first token, over the same token ids", title_justify="left", box=SIMPLE)
-    for column in ("#", "tokens", "hits", "reused", "default", "block", "full", "sooner"):
+    for column in ("#", "tokens", "hits", "reused", "default", "full", "sooner"):
         table.add_column(column, justify="right", no_wrap=True)
     for number, each in enumerate(measurements, start=1):
         answer = each.reused
@@ -127,7 +127,6 @@ def show(measurements: list[Measurement], num_bytes_on_disk: int) -> None:
             f"{answer.num_hits}/{answer.num_hits + answer.num_misses}",
             f"{answer.num_reused_tokens:,}",
             format_seconds(answer.ttft_seconds),
-            format_seconds(each.block_ttft_seconds),
             format_seconds(each.full_ttft_seconds),
             f"{each.full_ttft_seconds / answer.ttft_seconds:.1f}x",
         )
@@ -137,7 +136,6 @@ def show(measurements: list[Measurement], num_bytes_on_disk: int) -> None:
     for policy, reason in policies.items():
         console.print(f"default: policy {policy}, because {reason}")
     console.print("full: full prefill, as without reuse")
-    console.print("block: nothing computed again, as on a model that was fine-tuned for blocks")
     console.print(
         f"On disk: {format_bytes(num_bytes_on_disk)}. Each time was taken once; `make bench` takes more care."
     )
@@ -156,7 +154,6 @@ def plot(measurements: list[Measurement], path: Path) -> None:
     for label, color, seconds in (
         ("full prefill", "#b0413e", [each.full_ttft_seconds for each in shown]),
         ("reused blocks, default policy", "#2e7d32", [each.reused.ttft_seconds for each in shown]),
-        ("reused blocks, nothing computed again", "#7cb342", [each.block_ttft_seconds for each in shown]),
     ):
         axes.plot(lengths, seconds, "o-", color=color, label=label)
     for each in shown:
@@ -175,15 +172,20 @@ def plot(measurements: list[Measurement], path: Path) -> None:
     console.print(f"Plot: {path}")
 
 
-def index(corpus: Path, cache: BlockCache, retriever: Retriever, directory: Path) -> None:
+def index(
+    corpus: Path, cache: BlockCache, retriever: Retriever, directory: Path, adapter: Path | None
+) -> None:
     """Run the job, with a progress bar; what is there already is not done again."""
+    splitter = PassageSplitter(cache.tokenizer, max_tokens=256)
+    settings = replace(settings_of(cache, retriever, splitter), adapter=str(adapter or ""))
     with closing(Manifest(directory)) as manifest, ProgressBar(Console(stderr=True)) as progress:
         report = index_and_prefill(
             [corpus],
             cache=cache,
             retriever=retriever,
             manifest=manifest,
-            splitter=PassageSplitter(cache.tokenizer, max_tokens=256),
+            splitter=splitter,
+            settings=settings,
             progress=progress,
         )
     console.print(
@@ -193,13 +195,13 @@ def index(corpus: Path, cache: BlockCache, retriever: Retriever, directory: Path
     )
 
 
-def run(corpus: Path, directory: Path) -> tuple[list[Measurement], int]:
+def run(corpus: Path, directory: Path, adapter: Path | None) -> tuple[list[Measurement], int]:
     """Index and ask; return the measurements, and how many bytes the blocks take on disk."""
     with (
-        BlockCache(smollm2_path(), directory, context_budget_bytes=0) as cache,
+        BlockCache(smollm2_path(), directory, adapter=adapter, context_budget_bytes=0) as cache,
         closing(Retriever(directory / "index", embedder=str(minilm_path()))) as retriever,
     ):
-        index(corpus, cache, retriever, directory)
+        index(corpus, cache, retriever, directory, adapter)
         # The first request of a process also measures from where on reuse pays, which is not shown here.
         cache.generate("Are you ready?", retriever.get(list(islice(retriever, 2))), max_new_tokens=1)
         console.print("\nSmolLM2-135M is very small: it shows how soon answers come, not how wise they are.")
@@ -213,6 +215,9 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="index the whole reference")
     parser.add_argument(
+        "--stock", action="store_true", help="take the model as published, without the adapter"
+    )
+    parser.add_argument(
         "--folder", type=Path, help="where corpus and index are kept; default: the user's cache"
     )
     parser.add_argument("--plot", type=Path, default=Path("demo-output/ttft.png"), help="where the plot goes")
@@ -221,15 +226,16 @@ def main() -> None:
     disable_progress_bar()  # transformers draws one for every file it reads
 
     folder = (options.folder or cache_folder() / "demo").resolve()
-    corpus, directory = folder / "corpus", folder / "index"
+    corpus, directory = folder / "corpus", folder / ("stock-index" if options.stock else "index")
+    adapter = None if options.stock else ADAPTER
     write_corpus(corpus, None if options.all else NUM_WORDS)
     console.print("Loading the models (SmolLM2 is unpacked once, which takes half a minute)")
     try:
-        measurements, num_bytes = run(corpus, directory)
+        measurements, num_bytes = run(corpus, directory, adapter)
     except IndexMismatchError as error:  # from a demo of another checkout or version
         console.print(f"Starting over: {error}", markup=False)
         shutil.rmtree(directory)
-        measurements, num_bytes = run(corpus, directory)
+        measurements, num_bytes = run(corpus, directory, adapter)
     show(measurements, num_bytes)
     plot(measurements, options.plot)
     console.print(f'Ask more: {sys.executable} -m rag_blockcache.cli ask {directory} "..."', soft_wrap=True)
