@@ -165,12 +165,13 @@ class Model:
         """
         if layer.rotary is None:
             return None
-        size = 1 << max(reach - 1, 1023).bit_length()
         with self.lock:  # some rotary modules change with the length that they are shown
-            if self.regime(total_length) != "" or self.regime(size) != "":
+            if self.regime(total_length) != "":
                 return self._new_angles(layer, reach, total_length)
             known = self._angles.get((layer.rotary, layer.device))
             if known is None or len(known.cos) < reach:
+                size = 1 << max(reach - 1, 1023).bit_length()  # the next longer prompt finds its own too
+                size = min(size, self._regime_bound or size)
                 known = self._new_angles(layer, size, size)
                 self._angles[layer.rotary, layer.device] = known
             return known

@@ -13,6 +13,8 @@ from rag_blockcache.store import TieredStore
 
 logger = logging.getLogger(__name__)
 
+_MOST_WAITING = 64  # calls; behind so many, blocks would come too late for their prompt
+
 
 class Prefetcher:
     """Reads blocks by the passages that they belong to, a call after the other, in a thread of its own.
@@ -25,19 +27,21 @@ class Prefetcher:
     def __init__(self, planner: Planner, store: TieredStore) -> None:
         self._planner, self._store = planner, store
         self._lock = threading.Lock()
-        self._thread: ThreadPoolExecutor | None = None  # while there is something to do
+        self._thread: ThreadPoolExecutor | None = None  # from the first call on
+        self._num_waiting = 0
 
     def prefetch(self, passages: Sequence[Passage]) -> Future[int]:
         """See ``BlockCache.prefetch``."""
-        if self._store.disk is None or not passages:
-            nothing: Future[int] = Future()
-            nothing.set_result(0)
-            return nothing
         with self._lock:
+            if self._store.disk is None or not passages or self._num_waiting == _MOST_WAITING:
+                nothing: Future[int] = Future()
+                nothing.set_result(0)
+                return nothing
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="rag_blockcache-prefetch")
+            self._num_waiting += 1
             future = self._thread.submit(self._bring, passages)
-        future.add_done_callback(_log_failure)
+        future.add_done_callback(self._note)
         return future
 
     def close(self) -> None:
@@ -50,9 +54,10 @@ class Prefetcher:
     def _bring(self, passages: Sequence[Passage]) -> int:
         return len(self._store.prefetch(block.block_id for block in self._planner.blocks(passages)))
 
-
-def _log_failure(future: Future[int]) -> None:
-    """Say what went wrong, since nobody may ask the future; the request that follows will say it too."""
-    error = None if future.cancelled() else future.exception()
-    if error is not None:
-        logger.warning("blocks were not read ahead: %s", error)
+    def _note(self, future: Future[int]) -> None:
+        """Count what is done, and say what went wrong, since nobody may ask the future."""
+        with self._lock:
+            self._num_waiting -= 1
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            logger.warning("blocks were not read ahead: %s", error)

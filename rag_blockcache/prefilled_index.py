@@ -191,11 +191,11 @@ class PrefilledIndex:
     ) -> list[SearchResult]:
         """Find the passages most similar to a question or vector; see ``Retriever.search_many``.
 
-        Where a cache is loaded, it begins to read their blocks; see ``BlockCache.prefetch``.
+        The cache begins to read their blocks, if it is loaded; see ``BlockCache.prefetch``.
         """
         found = self._retriever.search(query, k, where=where, among=among)
-        if self._cache is not None and _is_loaded(self._cache):
-            _loaded(self._cache).prefetch(result.passage for result in found)
+        if self._cache is not None:
+            self._cache.prefetch(result.passage for result in found)
         return found
 
     def find(self, where: Where) -> list[str]:
@@ -275,10 +275,6 @@ def _loaded(cache: BlockCache | SharedCache) -> BlockCache:
     from rag_blockcache.shared_cache import SharedCache  # loads torch, which an index alone does without
 
     return cache.get() if isinstance(cache, SharedCache) else cache
-
-
-def _is_loaded(cache: BlockCache | SharedCache) -> bool:
-    return bool(getattr(cache, "is_loaded", True))  # a cache is, a handle on one may not be
 
 
 def _addition(

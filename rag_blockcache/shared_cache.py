@@ -6,7 +6,8 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +17,7 @@ from rag_blockcache.async_answers import AsyncAnswerStream
 from rag_blockcache.block_cache import BlockCache
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.loading import ModelCard, model_card
+from rag_blockcache.passages import Passage
 from rag_blockcache.request import Request
 
 if TYPE_CHECKING:
@@ -153,6 +155,11 @@ class SharedCache:
     def astream_answer(self, request: Request, **options: Any) -> AsyncAnswerStream:
         """See ``BlockCache.astream_answer``."""
         return AsyncAnswerStream(lambda: self.stream_answer(request, **options))
+
+    def prefetch(self, passages: Iterable[str | Passage]) -> Future[int] | None:
+        """See ``BlockCache.prefetch``; None, and nothing is loaded, where nobody has loaded the cache."""
+        cache = self._slot.cache
+        return None if cache is None else cache.prefetch(passages)
 
     def close(self) -> None:
         """Close the cache for all handles; the next to need it loads it again."""

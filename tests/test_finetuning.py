@@ -654,14 +654,20 @@ def test_a_model_can_learn_from_its_own_answers_and_goes_on_with_those_it_gave(f
         assert torch.equal(weight, weights_in(tmp_path / "again")[name]), name
 
 
-def test_a_model_that_teaches_itself_agrees_with_itself_and_one_taught_by_its_base_drifts(folder, tmp_path):
+def test_a_model_that_teaches_itself_agrees_with_itself_and_one_taught_by_what_it_was_drifts(
+    folder, tmp_path
+):
+    finetune(recipe_in(folder, tmp_path / "first", modes="full", steps=2))
     apart = {}
-    for teacher in ("base", "itself"):
-        recipe = recipe_in(folder, tmp_path / teacher, distill=0.5, teacher=teacher, modes="full", steps=3)
+    for teacher in ("base", "itself", "start"):
+        options = {"start_from": str(tmp_path / "first")} if teacher == "start" else {}
+        out = tmp_path / teacher
+        recipe = recipe_in(folder, out, distill=0.5, teacher=teacher, modes="full", steps=3, **options)
         last = finetune(recipe).history[-1]
         apart[teacher] = last["loss"] - 0.5 * last["loss_full"]  # half the distance to the teacher
     assert abs(apart["itself"]) < 1e-5
     assert apart["base"] > 1e-3
+    assert apart["start"] > 1e-3
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ and adds it, each a pass of its own. Over long rows and small layers these passe
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -25,9 +25,10 @@ def fuse(network: nn.Module) -> None:
             module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
 
 
-def _forward(layer: Linear, x: Tensor) -> Tensor:
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return Linear.forward(layer, x)
+def _forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    is_asked_otherwise = args or kwargs or layer.disable_adapters or layer.merged
+    if is_asked_otherwise or len(layer.active_adapters) != 1:
+        return Linear.forward(layer, x, *args, **kwargs)
     [name] = layer.active_adapters
     if layer.lora_variant.get(name) is not None or layer.lora_B[name].bias is not None:
         return Linear.forward(layer, x)

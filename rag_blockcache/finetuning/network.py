@@ -187,7 +187,7 @@ def _going_on(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
     assert recipe.start_from is not None
     try:
         model = PeftModel.from_pretrained(network, recipe.start_from, _TRAINED, is_trainable=True)
-        if recipe.teacher == "start":
+        if recipe.distill and recipe.teacher == "start":
             model.load_adapter(recipe.start_from, _START)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InvalidInputError(

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -130,21 +130,13 @@ class DiskStore(BlockStore):
         """
         wanted = list(dict.fromkeys(block_ids))
         self._request(wanted, but=self._checked)
-        found = {}
-        for block_id in wanted:
-            with suppress(KeyError, CorruptBlockError):
-                found[block_id] = self[block_id]
-        return found
+        return _found(wanted, self.__getitem__)
 
     def preload(self, block_ids: Iterable[str]) -> dict[str, BlockStates]:
         """Return what ``get_many`` does and count no use; all files are requested from the disk."""
         wanted = list(dict.fromkeys(block_ids))
         self._request(wanted)
-        found = {}
-        for block_id in wanted:
-            with suppress(KeyError, CorruptBlockError):
-                found[block_id] = self._load(block_id)
-        return found
+        return _found(wanted, self._load)
 
     def _request(self, block_ids: Iterable[str], *, but: Collection[str] = ()) -> None:
         """Have files read ahead, except those of some names."""
@@ -322,3 +314,12 @@ class DiskStore(BlockStore):
                 num_orphans,
             )
         return lost
+
+
+def _found(block_ids: Iterable[str], load: Callable[[str], BlockStates]) -> dict[str, BlockStates]:
+    """Return those of the blocks that are there and whole."""
+    found = {}
+    for block_id in block_ids:
+        with suppress(KeyError, CorruptBlockError):
+            found[block_id] = load(block_id)
+    return found
