@@ -31,7 +31,7 @@ COLUMNS = {
     "text": "text",
     "num_tokens": "tokens",
     "perplexity": "perplexity",
-    "change": "less the base",
+    "change": "change",
 }
 
 
