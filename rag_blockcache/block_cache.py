@@ -145,7 +145,7 @@ class BlockCache:
         self.tokenizer = self.model.tokenizer
         self.codec = codec
         self.prompt = Prompt(self.tokenizer, passage_format, preamble)
-        self.blocks_see = sight or default_sight(self.model.is_block_fine_tuned)
+        self.blocks_see = sight or default_sight(self.model.trained_sight)
         kind = kind_of(self.blocks_see)
         can_be_observed = self.model.can_be_observed
         shown = [asdict(self.prompt.format), self.prompt.preamble, kind, codec]

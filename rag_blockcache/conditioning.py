@@ -44,9 +44,13 @@ def sight_named(asked: str | None) -> BlocksSee | None:
     return None if asked is None else known[asked]
 
 
-def default_sight(is_block_fine_tuned: bool) -> BlocksSee:
-    """Choose for a user who says nothing: a model that was trained on the paper's blocks gets those."""
-    return "themselves" if is_block_fine_tuned else "stand-ins"
+def default_sight(trained: str | None) -> BlocksSee:
+    """Choose for a user who says nothing: a model that was trained on blocks gets those.
+
+    Args:
+        trained: What blocks saw then; None if the model never met any.
+    """
+    return sight_named(trained) or "stand-ins"
 
 
 def kind_of(blocks_see: BlocksSee) -> list[str]:

@@ -133,6 +133,13 @@ class Model:
         return bool(getattr(self.config, "block_fine_tuned", False))
 
     @property
+    def trained_sight(self) -> str | None:
+        """What blocks saw beside themselves when the model was trained on them; None if it never was."""
+        if not self.is_block_fine_tuned:
+            return None
+        return "themselves" if self.training_record is None else self.training_record.blocks_see
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights, embeddings included."""
         return int(self.network.num_parameters())

@@ -34,6 +34,7 @@ class TrainingRecord:
         recipe: All options of the training.
         totals: Steps, samples and tokens that were trained on.
         versions: Of the libraries that trained.
+        blocks_see: What blocks saw beside themselves, see ``conditioning``.
     """
 
     block_fine_tuned: bool
@@ -47,6 +48,7 @@ class TrainingRecord:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     totals: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    blocks_see: str = "themselves"  # before there was a choice, too
 
     def write(self, folder: Path) -> None:
         """Write the record into a folder of weights."""
@@ -63,6 +65,7 @@ class TrainingRecord:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = content["format"]
+            content.setdefault("blocks_see", "themselves")
             known = {each.name: content[each.name] for each in fields(cls)} if found == _FORMAT else {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelNotFoundError(

@@ -19,14 +19,14 @@ from conftest import byte_tokenizer
 from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import flex_attention
 
-from rag_blockcache import BlockCache
+from rag_blockcache import BlockCache, block_cache
 from rag_blockcache.errors import InvalidInputError
-from rag_blockcache.finetuning import finetune, mask
+from rag_blockcache.finetuning import finetune, mask, samples
 from rag_blockcache.finetuning.companions import Companions, SharedPassages
 from rag_blockcache.finetuning.examples import QuestionExample, TextExample
 from rag_blockcache.finetuning.held_out import measure
 from rag_blockcache.finetuning.mask import Masks
-from rag_blockcache.finetuning.network import choose_attention
+from rag_blockcache.finetuning.network import _compile_layers, choose_attention
 from rag_blockcache.finetuning.packing import IGNORED, Row, collate, part_of
 from rag_blockcache.finetuning.recipe import Recipe
 from rag_blockcache.finetuning.samples import Sample, SampleMaker
@@ -57,8 +57,8 @@ def maker_for(tokenizer, **options):
     )
 
 
-def row_of(tokenizer, modes, examples=EXAMPLES):
-    maker = maker_for(tokenizer)
+def row_of(tokenizer, modes, examples=EXAMPLES, **options):
+    maker = maker_for(tokenizer, **options)
     return Row.of([maker.make(example, mode, None) for example, mode in zip(examples, modes, strict=True)])
 
 
@@ -73,6 +73,14 @@ def row_logits(network, row, masks, padded_to=None):
 
 def distance(one, other):
     return float((one - other).norm() / other.norm())
+
+
+@pytest.fixture
+def short_stand_ins(monkeypatch):
+    """Stand-ins that the small windows of tiny models reach."""
+    given = (Passage("It rained.", title="S"),)
+    for where in (block_cache, samples):
+        monkeypatch.setattr(where, "STAND_INS", given)
 
 
 NAMES = [
@@ -90,18 +98,21 @@ NAMES = [
 
 @pytest.mark.parametrize("name", [*NAMES, "phi3-partial", "smollm3", "olmo2", "mixtral"])
 @pytest.mark.parametrize("padded_to", [None, 1024], ids=["unpadded", "padded"])
-def test_training_computes_the_logits_that_serving_computes(name, padded_to, tiny_tokenizer):
+@pytest.mark.parametrize("seen", ["themselves", "stand-ins"])
+def test_training_computes_the_logits_that_serving_computes(
+    name, padded_to, seen, short_stand_ins, tiny_tokenizer
+):
     network = architectures.accepted(name)
-    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="themselves")
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see=seen)
     masks, modes = choose_attention(cache.model, "sdpa"), ("block", "full", "block")
-    packed = row_logits(network, row_of(tiny_tokenizer, modes), masks, padded_to)
+    packed = row_logits(network, row_of(tiny_tokenizer, modes, blocks_see=seen), masks, padded_to)
     for example, mode, logits in zip(EXAMPLES, modes, packed, strict=True):
         asked = (example.question, example.passages)
         assert distance(logits[0], cache.first_logits(*asked, policy=mode)) < FLOAT32
         said = (*cache.prompt.text_tokens(example.answer), *CLOSING)
         scores = logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None])[:, 0]
         torch.testing.assert_close(scores, cache.score(*asked, said, policy=mode), atol=FLOAT32, rtol=FLOAT32)
-        alone = row_logits(network, row_of(tiny_tokenizer, (mode,), [example]), masks)
+        alone = row_logits(network, row_of(tiny_tokenizer, (mode,), [example], blocks_see=seen), masks)
         assert distance(logits, alone[0]) < FLOAT32
 
 
@@ -154,11 +165,15 @@ def test_the_two_modes_differ_where_there_are_several_passages(tiny_tokenizer):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", NAMES)
-def test_flex_attention_gives_the_logits_of_a_dense_mask(name, monkeypatch, tiny_tokenizer):
+@pytest.mark.parametrize("seen", ["themselves", "stand-ins"])
+def test_flex_attention_gives_the_logits_of_a_dense_mask(
+    name, seen, short_stand_ins, monkeypatch, tiny_tokenizer
+):
     monkeypatch.setattr(mask, "_compiled", lambda: flex_attention)  # the compiled kernel needs a GPU to train
     network = architectures.accepted(name)
     cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="themselves")
-    dense, row = choose_attention(cache.model, "sdpa"), row_of(tiny_tokenizer, ("block", "full", "block"))
+    dense = choose_attention(cache.model, "sdpa")
+    row = row_of(tiny_tokenizer, ("block", "full", "block"), blocks_see=seen)
     expected = row_logits(network, row, dense)
     mask.register()
     network.set_attn_implementation(mask.FLEX)
@@ -228,6 +243,26 @@ def test_compiled_flex_attention_gives_logits_and_gradients_of_a_dense_mask(num_
         assert distance(flexible, dense) < 1e-2  # TF32 in one of the two
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_layers_give_the_logits_and_gradients_of_those_that_are_not(short_stand_ins, tiny_tokenizer):
+    shape = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 288}
+    row = row_of(tiny_tokenizer, ("block", "full", "block"), blocks_see="stand-ins")
+    batch = {key: values.cuda() for key, values in collate([row], padded_to=512).items()}
+    masks, found = Masks({"full_attention": None}, "flex"), []
+    for is_compiled in (False, True):
+        network = architectures.build("Llama", {**shape, "max_position_embeddings": 2048}).cuda()
+        mask.register()
+        network.set_attn_implementation(mask.FLEX)
+        if is_compiled:
+            _compile_layers(network, masks)
+        logits = learned_logits(network, batch, masks)
+        logits.log_softmax(-1).square().sum().backward()
+        found += [logits.detach(), network.model.layers[0].self_attn.k_proj.weight.grad]
+    for plain, compiled in zip(found[:2], found[2:], strict=True):
+        assert distance(compiled, plain) < 1e-2  # TF32
+
+
 def test_only_answers_are_in_the_loss(tiny_tokenizer):
     row = row_of(tiny_tokenizer, ("block", "full", "block"))
     for index, example in enumerate(EXAMPLES):
@@ -251,6 +286,38 @@ def test_a_part_of_a_row_gives_the_logits_that_it_gives_in_the_whole(multiple_of
     with torch.no_grad():
         whole = learned_logits(network, batch, masks)
         assert distance(learned_logits(network, part, masks), whole[is_text]) < FLOAT32
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_a_teacher_never_sees_stand_ins(name, short_stand_ins, tiny_tokenizer):
+    network = architectures.accepted(name)
+    cache = BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT, blocks_see="stand-ins")
+    masks = choose_attention(cache.model, "sdpa")
+    expected = row_logits(network, row_of(tiny_tokenizer, ("full",) * 3), masks)
+    row = row_of(tiny_tokenizer, ("block",) * 3, blocks_see="stand-ins")
+    batch = collate([row])
+    part = part_of(batch, batch["block_ids"][0] >= 0)
+    assert part["input_ids"].shape[1] == len(row_of(tiny_tokenizer, ("full",) * 3).token_ids)
+    with torch.no_grad():
+        for given in (batch, part):  # they change nothing where they stand, and may be left out
+            assert distance(learned_logits(network, given, masks, full=True), torch.cat(expected)) < FLOAT32
+    assert distance(torch.cat(row_logits(network, row, masks)), torch.cat(expected)) > 100 * FLOAT32
+
+
+def test_stand_ins_end_where_their_block_begins(short_stand_ins, tiny_tokenizer):
+    sample = maker_for(tiny_tokenizer, blocks_see="stand-ins").make(EXAMPLES[2], "block", None)
+    plain = maker_for(tiny_tokenizer).make(EXAMPLES[2], "block", None)
+    is_own = sample.block_ids >= 0
+    assert np.array_equal(sample.token_ids[is_own], plain.token_ids)
+    assert np.array_equal(sample.positions[is_own], plain.positions)
+    assert np.array_equal(sample.block_ids[is_own], plain.block_ids)
+    for block in np.unique(sample.block_ids[sample.block_ids > 0]):
+        before, own = (sample.positions[sample.block_ids == sign * block] for sign in (-1, 1))
+        assert before[-1] == own[0] - 1
+    assert not sample.is_learned[~is_own].any()
+    assert maker_for(tiny_tokenizer, blocks_see="stand-ins", max_tokens=len(plain.token_ids)).make(
+        EXAMPLES[2], "block", None
+    ) is None, "stand-ins take room in a row"
 
 
 def test_positions_begin_again_with_each_sample_and_are_those_of_its_prompt(tiny_tokenizer):

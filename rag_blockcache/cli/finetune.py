@@ -106,7 +106,7 @@ def _accuracy(recipe: Recipe, limit: int) -> Evaluate:
     shown: dict[str, Any] = {
         "passage_format": recipe.passage_format,
         "preamble": recipe.preamble,
-        "blocks_see": "themselves",  # as blocks are trained
+        "blocks_see": recipe.blocks_see,
     }
 
     def evaluate(network: PreTrainedModel, step: int) -> dict[str, float]:

@@ -23,12 +23,12 @@ Kind = Literal["flex", "boolean", "additive"]
 def block_mask(batch: Mapping[str, Tensor], block_ids: Tensor, window: int | None) -> Sees:
     """Return the function that tells whether a query sees a key, as FlexAttention calls it.
 
-    A token sees what stands before it in its sample and in no other branch: in a block only its block, in
-    text everything.
+    A token sees what stands before it in its sample and in no other branch: in a block only its block and
+    the stand-ins before it, in text everything but stand-ins.
 
     Args:
         batch: See ``packing.collate``.
-        block_ids: ``(num_tokens,)``, see ``Sample``; all 0 for full attention.
+        block_ids: ``(num_tokens,)``, see ``Sample``; none above 0 for full attention.
         window: Number of positions a query sees, its own included; None for all before it.
 
     Source:
@@ -39,7 +39,8 @@ def block_mask(batch: Mapping[str, Tensor], block_ids: Tensor, window: int | Non
     )
 
     def sees(_batch: Any, _head: Any, query: Tensor, key: Tensor) -> Tensor:
-        own_block = (block_ids[query] == 0) | (block_ids[query] == block_ids[key])
+        own_block = block_ids[query].abs() == block_ids[key].abs()
+        own_block = own_block | ((block_ids[query] == 0) & (block_ids[key] >= 0))
         own_branch = (branch_ids[key] == 0) | (branch_ids[query] == branch_ids[key])
         seen = (query >= key) & (sample_ids[query] == sample_ids[key]) & own_block & own_branch
         return seen if window is None else seen & (positions[query] - positions[key] < window)
@@ -79,7 +80,7 @@ class Masks:
             layer to such a mask if layers differ.
         """
         blocks = batch["block_ids"][0]
-        blocks = torch.zeros_like(blocks) if full else blocks
+        blocks = blocks.clamp(max=0) if full else blocks  # nobody sees stand-ins that have no block
         masks = {
             layers: self._build(block_mask(batch, blocks, window), len(blocks), blocks.device)
             for layers, window in self._windows.items()

@@ -27,6 +27,7 @@ from rag_blockcache.loading import load_model
 from rag_blockcache.model import Model
 from rag_blockcache.training_record import RECORD_FILE, TrainingRecord, weights_fingerprint
 
+_VARIANTS = 64  # of a layer: trained, measured or asked as a teacher, in each length
 _TRAINED, _START = "default", "start"  # names of adapters inside the model
 
 
@@ -90,7 +91,7 @@ def load_trainee(recipe: Recipe) -> Trainee:
     fingerprint = weights_fingerprint(network)
     trained = _with_adapter(network, recipe) if recipe.is_adapter else network
     if recipe.compile_layers:
-        _compile_layers(network)
+        _compile_layers(network, masks)
     return Trainee(
         network=trained,
         tokenizer=tokenizer,
@@ -103,12 +104,18 @@ def load_trainee(recipe: Recipe) -> Trainee:
     )
 
 
-def _compile_layers(network: PreTrainedModel) -> None:
-    """Compile each layer; they are alike, so that this is done for one, and the others have it."""
+def _compile_layers(network: PreTrainedModel, masks: Masks) -> None:
+    """Compile each layer; they are alike, so that this is done for one, and the others have it.
+
+    Rows for FlexAttention have one length, their teachers a few: each is compiled for, and for each teacher.
+    """
+    if masks.is_flex:
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
     kinds = set(network._no_split_modules or ())
     for module in network.modules():
         if type(module).__name__ in kinds and module is not network:
-            module.compile(dynamic=False)
+            module.compile(dynamic=False if masks.is_flex else None)
 
 
 @contextlib.contextmanager

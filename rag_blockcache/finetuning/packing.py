@@ -120,7 +120,8 @@ def part_of(batch: Mapping[str, Tensor], is_wanted: Tensor, *, multiple_of: int 
 
     Args:
         batch: See ``collate``.
-        is_wanted: ``(num_tokens,)``, bool, alike for all tokens of a sample.
+        is_wanted: ``(num_tokens,)``, bool, alike for all tokens of a sample; under full attention, stand-ins
+            may be left out.
         multiple_of: To whose next multiple the part is padded, for compiled kernels.
     """
     part = {name: values[:, is_wanted] for name, values in batch.items()}

@@ -44,6 +44,11 @@ class Recipe:
     )
     passage_format: str = _option("paper", "How passages are shown: paper, plain, verbatim or template.")
     preamble: str | None = _option(None, "Text before the passages; that of the format if left out.")
+    blocks_see: Literal["themselves", "stand-ins"] = _option(
+        "themselves",
+        "What a block sees beside itself, when it is trained and ever after: nothing, as in the paper, or "
+        "stand-ins for other passages.",
+    )
     min_passages: int = _option(4, "Fewest passages of a sample; the most is what its example has.")
     max_questions: int = _option(
         1,

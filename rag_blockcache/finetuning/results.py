@@ -53,6 +53,7 @@ def record_of(
         base_fingerprint=trainee.base_fingerprint,
         passage_format=recipe.passage_format,
         preamble=recipe.preamble,
+        blocks_see=recipe.blocks_see,
         seed=recipe.seed,
         data=[
             {

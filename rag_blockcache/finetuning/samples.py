@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rag_blockcache.conditioning import STAND_INS, BlocksSee
 from rag_blockcache.finetuning.companions import Companions
 from rag_blockcache.finetuning.examples import ChatExample, Example, QuestionExample, TextExample
 from rag_blockcache.finetuning.recipe import Mode
@@ -36,7 +37,8 @@ class Sample:
         positions: ``(num_tokens,)``: where a token stands in its prompt; every branch goes on from where the
             common part ends.
         block_ids: ``(num_tokens,)``: the number of the block that a token belongs to, from 1, or 0 for text,
-            which sees everything before it. All 0 under full attention.
+            which sees everything before it. All 0 under full attention. Less the number of a block for the
+            stand-ins before it, which are no part of the prompt: nothing but that block sees them.
         branch_ids: ``(num_tokens,)``: the number of the branch that a token belongs to, from 1, or 0 for what
             they have in common. No branch sees another.
         is_learned: ``(num_tokens,)``, bool: the tokens of answers, with those that end them; of general text
@@ -74,6 +76,7 @@ class SampleMaker:
         preamble: Text before them; None for that of the format.
         min_passages: Fewest passages of a sample, if its example has as many.
         max_tokens: Longest sample.
+        blocks_see: What blocks attend to beside themselves, see ``conditioning``.
     """
 
     def __init__(
@@ -85,8 +88,10 @@ class SampleMaker:
         preamble: str | None,
         min_passages: int,
         max_tokens: int,
+        blocks_see: BlocksSee = "themselves",
     ) -> None:
         self._tokenizer, self._prompt = tokenizer, Prompt(tokenizer, passage_format, preamble)
+        self._stand_ins = self._prompt.run_of_passages(STAND_INS) if blocks_see == "stand-ins" else ()
         self._closing = tuple(closing)
         self._min_passages, self._max_tokens = min_passages, max_tokens
 
@@ -163,27 +168,42 @@ class SampleMaker:
         return _Branch(asked, (*self._prompt.text_tokens(answer), *self._closing))
 
     def _joined(self, common: Sequence[Segment], branches: Sequence[_Branch], mode: Mode) -> Sample | None:
-        lengths = [len(segment.token_ids) for segment in common]
-        num_common, num_own = sum(lengths), [branch.num_tokens for branch in branches]
-        if num_common + sum(num_own) > self._max_tokens:
+        runs = list(self._runs(common, branches, mode))
+        lengths = [len(run.token_ids) for run in runs]
+        if sum(lengths) > self._max_tokens:
             return None
-        numbers = [
-            index if mode == "block" and segment.kind == "passage" else 0
-            for index, segment in enumerate(common, 1)
-        ]
-        shared = [token for segment in common for token in segment.token_ids]
-        own = [token for branch in branches for token in (*branch.asked, *branch.answer)]
-        behind = [np.arange(num_common, num_common + length) for length in num_own]
-        is_learned = [[False] * num_common]
-        is_learned += [[False] * len(branch.asked) + [True] * len(branch.answer) for branch in branches]
         return Sample(
-            token_ids=np.array([*shared, *own], dtype=np.int32),
-            positions=np.concatenate([np.arange(num_common), *behind]).astype(np.int32),
-            block_ids=np.repeat(np.array([*numbers, 0], dtype=np.int32), [*lengths, sum(num_own)]),
-            branch_ids=np.repeat(np.arange(len(branches) + 1, dtype=np.int32), [num_common, *num_own]),
-            is_learned=np.concatenate(is_learned).astype(np.bool_),
+            token_ids=np.array([token for run in runs for token in run.token_ids], dtype=np.int32),
+            positions=np.concatenate([run.start + np.arange(len(run.token_ids)) for run in runs]).astype(np.int32),
+            block_ids=np.repeat(np.array([run.block for run in runs], dtype=np.int32), lengths),
+            branch_ids=np.repeat(np.array([run.branch for run in runs], dtype=np.int32), lengths),
+            is_learned=np.repeat(np.array([run.is_learned for run in runs], dtype=np.bool_), lengths),
             mode=mode,
         )
+
+    def _runs(self, common: Sequence[Segment], branches: Sequence[_Branch], mode: Mode) -> Iterator[_Run]:
+        """Yield the tokens of a sample in its order; stand-ins end where their block begins, before 0 too."""
+        place = 0
+        for number, segment in enumerate(common, 1):
+            is_block = mode == "block" and segment.kind == "passage"
+            if is_block and self._stand_ins:
+                yield _Run(self._stand_ins, place - len(self._stand_ins), block=-number)
+            yield _Run(segment.token_ids, place, block=number if is_block else 0)
+            place += len(segment.token_ids)
+        for branch_number, branch in enumerate(branches, 1):
+            yield _Run(branch.asked, place, branch=branch_number)
+            yield _Run(branch.answer, place + len(branch.asked), branch=branch_number, is_learned=True)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tokens one behind the other that are alike in all else; see ``Sample``."""
+
+    token_ids: Sequence[int]
+    start: int
+    block: int = 0
+    branch: int = 0
+    is_learned: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rag_blockcache.finetuning.packing import IGNORED, part_of
 from rag_blockcache.finetuning.recipe import Teacher
 
 KINDS = ("block", "full", "text")  # answers by the mode they are learned in, and general text
-_PART = 4096  # tokens; a teacher of a part of a row is compiled for few lengths
+_PARTS = 4  # lengths that a teacher is compiled for: so many parts of a row
 
 
 def learned_places(batch: Mapping[str, Tensor]) -> Tensor:
@@ -123,8 +123,9 @@ class BlockTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *, of_text: bool, teacher: Teacher
     ) -> Tensor:
         """Return what a teacher says of the learned tokens of text, or of answers, under full attention."""
-        is_wanted = inputs["is_text"][0].bool() == of_text
-        part = part_of(inputs, is_wanted, multiple_of=_PART if self._masks.is_flex else 1)
+        is_wanted = (inputs["is_text"][0].bool() == of_text) & (inputs["block_ids"][0] >= 0)
+        multiple = -(-inputs["input_ids"].shape[1] // _PARTS) if self._masks.is_flex else 1
+        part = part_of(inputs, is_wanted, multiple_of=multiple)
         with as_teacher(self.accelerator.unwrap_model(model), teacher):
             return learned_logits(model, part, self._masks, full=True)
 
