@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class FusedLinear(Linear):  # type: ignore[misc]
+class FusedLinear(Linear):
     """A linear layer of PEFT that computes what it computes in two products.
 
     A class, and not a function set on each layer: what is compiled for one layer then serves them all.
@@ -24,12 +24,13 @@ class FusedLinear(Linear):  # type: ignore[misc]
         """Return what PEFT's layer does, ``(..., out_features)``."""
         is_asked_otherwise = args or kwargs or self.disable_adapters or self.merged
         if is_asked_otherwise or len(self.active_adapters) != 1:
-            return cast(Tensor, super().forward(x, *args, **kwargs))
+            return super().forward(x, *args, **kwargs)
         [name] = self.active_adapters
         if self.lora_variant.get(name) is not None or self.lora_B[name].bias is not None:
-            return cast(Tensor, super().forward(x))
+            return super().forward(x)
         result: Tensor = self.base_layer(x)
-        down, up = (cast(nn.Linear, part[name]).weight.to(result.dtype) for part in (self.lora_A, self.lora_B))
+        pair = (cast(nn.Linear, part[name]).weight for part in (self.lora_A, self.lora_B))
+        down, up = (weight.to(result.dtype) for weight in pair)
         inner = functional.linear(self.lora_dropout[name](x), down)
         rows = torch.addmm(result.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=self.scaling[name])
         return rows.view(result.shape)

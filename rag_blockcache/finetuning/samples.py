@@ -172,9 +172,10 @@ class SampleMaker:
         lengths = [len(run.token_ids) for run in runs]
         if sum(lengths) > self._max_tokens:
             return None
+        places = [run.start + np.arange(len(run.token_ids), dtype=np.int32) for run in runs]
         return Sample(
             token_ids=np.array([token for run in runs for token in run.token_ids], dtype=np.int32),
-            positions=np.concatenate([run.start + np.arange(len(run.token_ids)) for run in runs]).astype(np.int32),
+            positions=np.concatenate(places).astype(np.int32),
             block_ids=np.repeat(np.array([run.block for run in runs], dtype=np.int32), lengths),
             branch_ids=np.repeat(np.array([run.branch for run in runs], dtype=np.int32), lengths),
             is_learned=np.repeat(np.array([run.is_learned for run in runs], dtype=np.bool_), lengths),
