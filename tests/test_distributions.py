@@ -18,6 +18,18 @@ HOMES = {
 }
 
 
+def test_all_packages_of_the_library_are_installed():
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    [(nested, home)] = given["package-dir"].items()
+    installed = {package.replace(nested, home).replace(".", "/") for package in given["packages"]}
+    assert installed == {
+        file.parent.relative_to(ROOT).as_posix()
+        for top in ("rag_blockcache", home)
+        for file in (ROOT / top).rglob("__init__.py")
+        if "distributions" not in file.parts
+    }
+
+
 @pytest.fixture(scope="module", params=HOMES)
 def built(request, tmp_path_factory):
     """Return the name of a distribution, and a folder with its files as pip installs them."""
