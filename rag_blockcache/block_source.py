@@ -176,8 +176,8 @@ class BlockSource:
         """Keep blocks that an answer needed, where the admission says."""
         if admission == "always" or (admission == "frequency" and self.store.disk is None):
             self._store(states, seconds)
-        elif admission == "frequency" and self.store.memory is not None:
-            kept = self.store.memory.put_many(states, cost_seconds=seconds)
+        elif admission == "frequency":
+            kept = self.store.keep_in_memory(states, cost_seconds=seconds)
             self._on_probation.update(dict.fromkeys(kept, seconds / len(states)))
             while len(self._on_probation) > _MAX_ON_PROBATION:
                 self._on_probation.pop(next(iter(self._on_probation)), None)

@@ -79,6 +79,11 @@ class BlockStates(ABC):
         return sum(math.prod(part_shape) * part_dtype.itemsize for part_shape, part_dtype in parts)
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors().values())).device
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens in the run."""
         return self.shape[2]
@@ -117,8 +122,7 @@ class BlockStates(ABC):
 
     def unpack(self) -> KVStates:
         """Return exact states, as near to those that were packed as the codec is."""
-        device = next(iter(self.tensors().values())).device
-        keys, values = (torch.empty(self.shape, dtype=self.dtype, device=device) for _ in range(2))
+        keys, values = (torch.empty(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
         self.place(keys, values)
         return KVStates(keys, values)
 

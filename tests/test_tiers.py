@@ -1,17 +1,18 @@
-"""Memory before disk: each block is found where it is soonest, and damage is a miss."""
+"""Device before memory before disk: each block is found where it is soonest, and damage is a miss."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from store_blocks import is_same, make_block
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError
-from rag_blockcache.store import DiskStore, MemoryStore, TieredStore
+from rag_blockcache.store import DeviceStore, DiskStore, MemoryStore, TieredStore
 from rag_blockcache.store.block_file import stored_bytes
 
 BLOCK_BYTES = make_block("a").num_bytes
@@ -163,17 +164,20 @@ def test_each_tier_counts_for_itself(store):
 
 
 class TieredStoreMachine(RuleBasedStateMachine):
-    """Whatever happens to the memory tier, the store is a dict."""
+    """Whatever happens to the tiers above the disk, the store is a dict."""
 
     disk: DiskStore  # set by the test
     names = st.sampled_from("abcdef")
 
-    @initialize(memory_bytes=st.sampled_from([None, 0, 2 * BLOCK_BYTES, 5 * BLOCK_BYTES]))
-    def open_store(self, memory_bytes):
-        self.memory_bytes = memory_bytes
+    limits = st.sampled_from([None, 0, 2 * BLOCK_BYTES, 5 * BLOCK_BYTES])
+
+    @initialize(memory_bytes=limits, device_bytes=limits, device=st.sampled_from(["cpu", "cuda"]))
+    def open_store(self, memory_bytes, device_bytes, device):
+        self.memory_bytes, self.device_bytes = memory_bytes, device_bytes
         self.disk.clear()
         memory = MemoryStore(memory_bytes) if memory_bytes is not None else None
-        self.store = TieredStore(memory, self.disk)
+        above = DeviceStore(torch.device(device), list, device_bytes) if device_bytes is not None else None
+        self.store = TieredStore(memory, self.disk, above)
         self.model = {}
 
     @rule(names=st.lists(names, max_size=4))
@@ -202,12 +206,19 @@ class TieredStoreMachine(RuleBasedStateMachine):
         if self.store.memory is not None:
             self.store.memory.close()
 
+    @rule()
+    def lose_device(self):
+        if self.store.device is not None:
+            self.store.device.close()
+
     @invariant()
     def is_a_dict(self):
         assert set(self.store) == self.model.keys()
         assert len(self.store) == len(self.model)
         if self.memory_bytes is not None:
             assert self.store.memory.size_bytes <= self.memory_bytes
+        if self.device_bytes is not None:
+            assert self.store.device.size_bytes <= self.device_bytes
 
 
 def test_any_sequence_of_operations(tmp_path):

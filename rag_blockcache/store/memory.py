@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -70,8 +71,7 @@ class MemoryStore(BlockStore):
                 self._num_misses += 1
                 raise KeyError(block_id)
             self._num_hits += 1
-            entry.num_uses += 1
-            entry.priority = self._priority(entry)
+            self._count_use(entry)
             return entry.states
 
     def __delitem__(self, block_id: str) -> None:
@@ -102,6 +102,13 @@ class MemoryStore(BlockStore):
             if states is not None:
                 found[block_id] = states
         return found
+
+    def count_uses(self, block_ids: Iterable[str]) -> None:
+        """Count a use of blocks that were served from elsewhere, so that they are not evicted as idle."""
+        with self._lock:
+            for block_id in block_ids:
+                if block_id in self._entries:
+                    self._count_use(self._entries[block_id])
 
     def pin(self, block_ids: Iterable[str]) -> None:
         """Keep these blocks from eviction, now or when they arrive, until they are unpinned."""
@@ -149,37 +156,45 @@ class MemoryStore(BlockStore):
         with self._lock:
             if block.block_id in self._entries:
                 return True
-            if not self._make_room(block.states.num_bytes):
+            if block.states.num_bytes > self._room():
                 return False
-            states = block.states.mapped(_own_storage)
-            entry = _Entry(states, states.num_bytes, block.cost_seconds, num_uses=1, priority=0.0)
-            entry.priority = self._priority(entry)
-            self._entries[block.block_id] = entry
-            self._size_bytes += entry.num_bytes
+            self._make_room(block.states.num_bytes)
+            self._enter(block, block.states.mapped(own_storage))
             return True
 
-    def _priority(self, entry: _Entry) -> float:
-        return priority(self._clock, entry.num_uses, entry.cost_seconds, entry.num_bytes)
+    def _enter(self, block: NewBlock, states: BlockStates) -> None:
+        entry = _Entry(states, states.num_bytes, block.cost_seconds, num_uses=0, priority=0.0)
+        self._count_use(entry)
+        self._entries[block.block_id] = entry
+        self._size_bytes += entry.num_bytes
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Evict until ``num_bytes`` more fit; evict nothing if the pinned blocks leave too little."""
+    def _count_use(self, entry: _Entry) -> None:
+        entry.num_uses += 1
+        entry.priority = priority(self._clock, entry.num_uses, entry.cost_seconds, entry.num_bytes)
+
+    def _room(self, beside: Collection[str] = ()) -> float:
+        """Return how many bytes new blocks may take, if all go that are neither pinned nor ``beside``."""
+        if self.size_limit_bytes is None:
+            return math.inf
+        kept = (self._pinned | set(beside)) & self._entries.keys()
+        return self.size_limit_bytes - sum(self._entries[block_id].num_bytes for block_id in kept)
+
+    def _make_room(self, num_bytes: int, beside: Collection[str] = ()) -> None:
+        """Evict what is worth least until ``num_bytes`` more fit, which ``_room`` says they can."""
         limit = self.size_limit_bytes
         if limit is None or self._size_bytes + num_bytes <= limit:
-            return True
-        candidates = [block_id for block_id in self._entries if block_id not in self._pinned]
-        evictable = sum(self._entries[block_id].num_bytes for block_id in candidates)
-        if self._size_bytes - evictable + num_bytes > limit:
-            return False
+            return
+        kept = self._pinned | set(beside)
+        candidates = [block_id for block_id in self._entries if block_id not in kept]  # the oldest first
         for block_id in sorted(candidates, key=lambda name: self._entries[name].priority):
             if self._size_bytes + num_bytes <= limit:
                 break
             self._clock = max(self._clock, self._entries[block_id].priority)
             del self[block_id]
             self._num_evictions += 1
-        return True
 
 
-def _own_storage(tensor: Tensor) -> Tensor:
+def own_storage(tensor: Tensor) -> Tensor:
     """Copy a tensor that views a much larger one, which would otherwise stay alive uncounted."""
     tensor = tensor.detach()
     is_window = tensor.untyped_storage().nbytes() > 2 * tensor.nbytes + 4096

@@ -38,5 +38,6 @@ class StoreStats:
 class TieredStats:
     """Counters of each tier; None where there is no such tier."""
 
+    device: StoreStats | None
     memory: StoreStats | None
     disk: StoreStats | None
