@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rag_blockcache.gpu import Moved
+from rag_blockcache.kv_states import BlockStates
+
+logger = logging.getLogger(__name__)
 
 _STAGE_BYTES = 2**26
 _NUM_STAGES = 3  # one is filled, one is on the bus, one is placed
@@ -22,6 +26,36 @@ _ALIGNMENT = 256  # of tensors in a stage
 def staging_of(device: torch.device) -> Staging:
     """Return the staging memory of a device, which is kept for as long as the process lives."""
     return Staging(device)
+
+
+def copies(blocks: Sequence[BlockStates], device: torch.device) -> list[BlockStates]:
+    """Copy blocks to a GPU, each into memory of its own.
+
+    Args:
+        blocks: Blocks of the host.
+        device: The GPU.
+
+    Returns:
+        The copies, in order; without the last ones if the device has no memory for them.
+    """
+    found: list[BlockStates] = []
+    with (
+        torch.cuda.device(device),
+        staging_of(device).brought([Moved(each, 0, 0) for each in blocks]) as groups,
+    ):
+        try:
+            for group in groups:
+                for brought in group:
+                    found.append(brought.states.mapped(torch.clone))
+        except torch.cuda.OutOfMemoryError as error:
+            logger.warning(
+                "%d of %d blocks were not copied to %s: %s",
+                len(blocks) - len(found),
+                len(blocks),
+                device,
+                error,
+            )
+    return found
 
 
 class Staging:
@@ -44,14 +78,16 @@ class Staging:
         Args:
             moved: Blocks on the host.
         """
-        with self._lock:
-            yield self._groups(moved)
+        with self._lock, closing(self._groups(moved)) as groups:
+            yield groups
 
-    def _groups(self, moved: Sequence[Moved]) -> Iterator[list[Moved]]:
+    def _groups(self, moved: Sequence[Moved]) -> Generator[list[Moved], None, None]:
         for number, group in enumerate(cut(moved, self._stage_bytes)):
             stage = self._stages[number % _NUM_STAGES]
-            yield stage.bring(group)
-            stage.used.record()
+            try:
+                yield stage.bring(group)
+            finally:
+                stage.used.record()
 
 
 def cut(moved: Sequence[Moved], limit_bytes: int) -> Iterator[list[Moved]]:
