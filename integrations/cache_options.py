@@ -30,6 +30,7 @@ class CacheOptions(BaseModel):
     blocks_see: str | None = Field(default=None, description="What blocks attend to; see BlockCache.")
     disk_budget_bytes: int | None = Field(default=None, description="Bound of the blocks on disk.")
     memory_budget_bytes: int | None = Field(default=4 * 2**30, description="Bound of the blocks in memory.")
+    device_budget_bytes: int | None = Field(default=None, description="Bound of the blocks on the GPU.")
     context_budget_bytes: int = Field(default=2**30, description="Bound of contexts kept of answers.")
     salt: str = Field(default="", description="Blocks of one salt are invisible under another.")
     admission: str = Field(default="frequency", description="Which new passages are kept; see BlockCache.")

@@ -30,6 +30,7 @@ from rag_blockcache.auto_policy import AutoPolicy
 from rag_blockcache.block_source import Admission, BlockSource
 from rag_blockcache.break_even import BreakEven
 from rag_blockcache.conditioning import STAND_INS, default_sight, kind_of, sight_named
+from rag_blockcache.device_tier import device_tier
 from rag_blockcache.errors import InvalidInputError, OutOfSpaceError
 from rag_blockcache.generation_options import check_options, setting, stop_strings
 from rag_blockcache.generator import decode, prefill
@@ -85,6 +86,9 @@ class BlockCache:
         disk_budget_bytes: The least valuable blocks go when it is full. It is recorded in the directory; None
             keeps what is on record, which at first is no bound.
         memory_budget_bytes: Likewise for blocks held in memory; None sets no bound.
+        device_budget_bytes: Likewise for blocks held on the GPU that the model is on, where those go that are
+            used again. None takes a quarter of its memory that is free once the model is loaded, 0 keeps
+            none. Without a GPU, or with a model spread over several devices, it changes nothing.
         context_budget_bytes: Likewise for contexts of the latest answers, kept where the model runs. A prompt
             that begins as one of them, such as the next turn of a chat, goes on from there, under policies
             that do not look at the question. 0 keeps none.
@@ -128,6 +132,7 @@ class BlockCache:
         blocks_see: str | None = None,
         disk_budget_bytes: int | None = None,
         memory_budget_bytes: int | None = 4 * 2**30,
+        device_budget_bytes: int | None = None,
         context_budget_bytes: int = 2**30,
         salt: str = "",
         admission: Admission = "always",
@@ -162,7 +167,8 @@ class BlockCache:
         disk = None
         if directory is not None:  # after the model, so that nothing is made where something else is wrong
             disk = DiskStore(Path(directory) / "blocks", size_limit_bytes=disk_budget_bytes)
-        self.store = TieredStore(MemoryStore(memory_budget_bytes), disk)
+        device_store = device_tier(self.model, device_budget_bytes, context_budget_bytes=context_budget_bytes)
+        self.store = TieredStore(MemoryStore(memory_budget_bytes), disk, device_store)
         named = json.dumps([self.model.fingerprint, salt, codec, *kind])
         self.fingerprint = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
         self._blocks = BlockSource(
