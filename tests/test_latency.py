@@ -17,6 +17,7 @@ from rag_blockcache.evaluation.stopwatch import Spread, in_turn, ratios
 from rag_blockcache.evaluation.token_prompts import cut_prompt, mixed_passages, token_run
 from rag_blockcache.model import Model
 from rag_blockcache.reuse import BLOCK, REPAIR, parse_policy
+from rag_blockcache.store import DeviceStore
 
 TEXT = "The mill has a thousand columns of figure wheels, and a store. " * 20
 
@@ -106,6 +107,20 @@ def test_blocks_packed_by_a_codec_are_what_is_read_from_the_host(model, prompt, 
     exact, packed = (places._copy_to_host(BLOCK, codec) for codec in ("none", "int8"))
     assert 0.2 < packed.size_bytes / exact.size_bytes < 0.5  # of float32
     assert {each.codec for each in packed.values()} == {"int8"}
+
+
+def test_blocks_of_a_disk_that_stay_on_the_device_leave_its_files_free(model, prompt, tmp_path, monkeypatch):
+    def copy(blocks):
+        return [states.mapped(torch.clone) for states in blocks]
+
+    device = DeviceStore(torch.device("cuda"), copy, 2**30)  # what is asked of it works without a GPU
+    monkeypatch.setattr("rag_blockcache.evaluation.places.device_tier", lambda *_, **__: device)
+    places = Places(model, prompt, BLOCK, tmp_path)
+    found = places.readers()["disk_kept"](BLOCK)
+    torch.testing.assert_close(found.logits, block_masked_logits(model, prompt), rtol=1e-4, atol=1e-4)
+    assert device.stats().num_hits == len(device) == len(prompt.passages)
+    assert len(places._kept.memory) == 0
+    places.close()
 
 
 def test_repair_computes_the_starts_of_passages_again(prompt, places):

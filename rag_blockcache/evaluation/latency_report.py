@@ -19,6 +19,7 @@ _HEADINGS = {
     "host_memory": "from pinned host memory",
     "host_int8": "from pinned host memory, int8",
     "host_int4": "from pinned host memory, int4",
+    "disk_kept": "from disk, kept on the GPU",
     "disk": "from disk, warm",
     "disk_first": "from disk, first read",
     "disk_cold": "from disk, cold",
@@ -36,7 +37,8 @@ class ReuseLatency:
     Attributes:
         policy: See ``reuse.parse_policy``.
         place: ``memory``; for a model on a GPU ``without_graphs`` and ``naive`` from the same memory, and
-            ``host_memory``, ``host_int8`` and ``host_int4`` from pinned memory of the host; ``disk`` with
+            ``host_memory``, ``host_int8`` and ``host_int4`` from pinned memory of the host, and
+            ``disk_kept`` from a disk whose blocks were used before and stayed on the GPU; ``disk`` with
             the files in the page cache, checked before; ``disk_first``, the same read for the first time in
             a process, checksums included; ``disk_cold``, that with the files thrown out of the page cache.
         seconds: Time to first token.

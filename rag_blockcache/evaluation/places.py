@@ -1,6 +1,7 @@
 """The places that blocks are reused from: memory, and a disk whose files are cached, checked, or neither.
 
-On a GPU, also the host's memory, exact and packed, and other ways from the same memory to compare with.
+On a GPU, also its own memory before that disk, the host's memory, exact and packed, and other ways from the
+same memory to compare with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from rag_blockcache.device_tier import device_tier
 from rag_blockcache.evaluation import page_cache
 from rag_blockcache.evaluation.naive import naive_first_token
 from rag_blockcache.evaluation.requests import (
@@ -67,6 +69,7 @@ class Places:
             if model.device.type == "cuda"
             else {}
         )
+        self._kept = self._keep_on_device()
         self._files = page_cache.block_files(self._folder)
         page_cache.drop(self._files)
         self.can_be_cold = page_cache.cached_share(self._files) <= _STILL_CACHED
@@ -81,6 +84,8 @@ class Places:
             found["naive"] = lambda policy: naive_first_token(self.memory, self._prompt)
         for place, host in self._host.items():
             found[place] = lambda policy, host=host: self._read(host, policy)  # type: ignore[misc]
+        if self._kept is not None:
+            found["disk_kept"] = lambda policy, kept=self._kept: self._read(kept, policy)  # type: ignore[misc]
         found["disk"] = lambda policy: self._read(self._disk, policy)
         found["disk_first"] = self._read_first
         if self.can_be_cold:
@@ -90,6 +95,8 @@ class Places:
     def close(self) -> None:
         """Let go of the files."""
         self._disk.close()
+        if self._kept is not None:
+            self._kept.close()
 
     def _read(self, store: TieredStore, policy: Policy) -> FirstToken:
         return reused_first_token(block_source(self._model, store), self._prompt, policy)
@@ -119,3 +126,16 @@ class Places:
         for name, each in states.items():
             host.put(name, CODECS[codec].pack(each.unpack()).mapped(lambda part: part.cpu().pin_memory()))
         return host
+
+    def _keep_on_device(self) -> TieredStore | None:
+        """Open the disk with its blocks on the model's device; None where a model keeps none there."""
+        names = list(self.memory.store)
+        device = device_tier(self._model, self.memory.store.size_bytes, context_budget_bytes=0)
+        if device is None:
+            return None
+        memory = MemoryStore()
+        kept = TieredStore(memory, DiskStore(self._folder), device)
+        kept.prefetch(names)
+        kept.get_many(names)
+        memory.clear()  # files that are mapped could not be thrown out of the page cache
+        return kept
