@@ -3,12 +3,13 @@
 Modules in reading order: ``passages`` (texts and their tokens), ``request`` (what can be asked), ``prompt``
 (requests to segments), with ``passage_format``, ``chat_template``, ``plain_text``; ``kv_states``, ``rotary``
 (what is stored, and how it moves); ``layers``, ``model`` and ``loading`` (what we need to know of a model of
-transformers); ``conditioning`` and ``encoder`` (what a block sees, and blocks to KV states); ``store``
-(memory and disk); ``assembler`` (KV states to a context); ``matcher`` (known passages in any prompt);
-``reuse``, ``plan`` and ``planner`` (which slots are computed again); ``generator`` (context to tokens) and
-``response`` (tokens to text, JSON and calls of tools); ``block_source``, ``prefiller`` and ``block_cache``
-(the public face), ``shared_cache`` (one for many). Beside them: ``retriever``, ``manifest``, ``jobs`` and
-``prefilled_index`` (documents to a prefilled index), ``evaluation``, ``finetuning``, ``cli``.
+transformers); ``conditioning`` and ``encoder`` (what a block sees, and blocks to KV states); ``store`` and
+``device_tier`` (device, memory and disk); ``assembler`` (KV states to a context); ``matcher`` (known
+passages in any prompt); ``reuse``, ``plan`` and ``planner`` (which slots are computed again); ``generator``
+(context to tokens) and ``response`` (tokens to text, JSON and calls of tools); ``block_source``,
+``prefiller`` and ``block_cache`` (the public face), ``shared_cache`` (one for many). Beside them:
+``retriever``, ``manifest``, ``jobs`` and ``prefilled_index`` (documents to a prefilled index),
+``evaluation``, ``finetuning``, ``cli``.
 """
 
 from __future__ import annotations

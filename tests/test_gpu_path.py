@@ -18,6 +18,7 @@ from rag_blockcache import BlockCache, gpu
 from rag_blockcache.assembler import Context, Placement
 from rag_blockcache.evaluation.latency import measure_latency
 from rag_blockcache.generator import Computed, prefill
+from rag_blockcache.gpu import staging
 from rag_blockcache.gpu.network_state import NetworkState
 from rag_blockcache.gpu.norms import FusedNorms
 from rag_blockcache.gpu.staging import Staging, cut, staged_bytes
@@ -197,6 +198,103 @@ def test_blocks_are_cut_into_runs_that_fit_a_buffer():
     assert [each for group in groups for each in group] == moved
     assert [len(group) for group in groups] == [2, 1, 1, 2]
     assert all(sum(map(staged_bytes, group)) <= limit for group in groups if len(group) > 1)
+
+
+# The tier on the device
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_copies_of_blocks_have_memory_of_their_own(device, codec, is_pinned, monkeypatch):
+    ring = Staging(torch.device(device), stage_bytes=2**20)
+    monkeypatch.setattr(staging, "staging_of", lambda device: ring)
+    blocks = [random_block(codec, 100, 128, torch.bfloat16) for _ in range(60)]
+    held = [each.mapped(torch.Tensor.pin_memory) if is_pinned else each for each in blocks]
+    copies = staging.copies(held, torch.device("cuda", torch.cuda.current_device()))
+    staging.copies(held[::-1], torch.device(device))  # the ring is used again
+    assert len(copies) == len(blocks)
+    for copy_, block in zip(copies, blocks, strict=True):
+        for name, tensor in copy_.tensors().items():
+            assert tensor.is_cuda
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+            assert torch.equal(tensor.cpu(), block.tensors()[name])
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_where_the_device_has_no_memory_left_fewer_blocks_are_copied(device, monkeypatch, caplog):
+    blocks = [random_block("none", 100, 128, torch.bfloat16) for _ in range(6)]
+    clone, calls = torch.clone, []
+
+    def clone_some(tensor):
+        calls.append(tensor)
+        if len(calls) > 5:  # keys and values of two blocks, and the keys of a third
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return clone(tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "clone", clone_some)
+        copies = staging.copies(blocks, torch.device(device))
+    assert len(copies) == 2
+    assert "4 of 6 blocks were not copied" in caplog.text
+    assert len(staging.copies(blocks, torch.device(device))) == 6
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_blocks_from_disk_are_kept_on_the_device_at_their_second_use(
+    device, codec, cuda_graphs, tiny_tokenizer, tmp_path
+):
+    network = architectures.accepted("Llama").to(device)
+    options = {"tokenizer": tiny_tokenizer, "passage_format": SHORT, "context_budget_bytes": 0}
+    options |= {"codec": codec, "cuda_graphs": cuda_graphs}
+    with BlockCache(network, tmp_path, device_budget_bytes=0, **options) as cache:
+        cache.prefill(PASSAGES)
+        assert cache.store.device is None
+        expected = cache.first_logits("Who?", PASSAGES, policy="block")
+    with BlockCache(network, tmp_path, **options) as cache:
+        names = [cache.block(passage).block_id for passage in PASSAGES]
+        assert cache.store.device.size_limit_bytes > 0
+        found = [cache.first_logits("Who?", PASSAGES, policy="block")]
+        assert not set(names) & set(cache.store.device)
+        found += [cache.first_logits("Who?", PASSAGES, policy="block") for _ in range(2)]
+        assert set(names) <= set(cache.store.device)
+        assert all(states.device == cache.model.device for states in cache.store.get_many(names).values())
+        assert all(states.device.type == "cpu" for states in cache.store.memory.values())
+        assert cache.store.stats().device.num_hits >= len(names)
+        assert all(distance(each, expected) < 1e-4 for each in found)
+        cache.forget(PASSAGES)
+        assert not set(names) & set(cache.store.device)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_what_was_just_encoded_stays_on_the_device_and_is_held_on_the_host(device, tiny_tokenizer):
+    network = architectures.accepted("Llama").to(device)
+    with BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT) as cache:
+        cache.prefill(PASSAGES)
+        assert set(cache.store.device) == set(cache.store.memory)
+        assert all(states.device == cache.model.device for states in cache.store.device.values())
+        assert all(states.device.type == "cpu" for states in cache.store.memory.values())
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_a_full_device_keeps_no_blocks_and_answers(device, tiny_tokenizer, tmp_path, monkeypatch):
+    def nothing_left(tensor):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    network = architectures.accepted("Llama").to(device)
+    options = {"tokenizer": tiny_tokenizer, "passage_format": SHORT, "context_budget_bytes": 0}
+    with BlockCache(network, tmp_path, **options) as cache:
+        cache.prefill(PASSAGES)
+        expected = cache.first_logits("Who?", PASSAGES, policy="block")
+    with BlockCache(network, tmp_path, **options) as cache:
+        cache.first_logits("Who?", PASSAGES, policy="block")
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "clone", nothing_left)
+            found = cache.first_logits("Who?", PASSAGES, policy="block")
+        assert len(cache.store.device) == cache.store.device.size_limit_bytes == 0
+        assert distance(found, expected) < 1e-4
 
 
 # Passes
@@ -571,7 +669,8 @@ def test_a_model_that_asks_for_other_attention_goes_the_ordinary_way_and_says_so
 def test_the_latency_bench_shows_the_ways_of_a_gpu_beside_the_others(device, tiny_tokenizer, tmp_path):
     model = with_graphs(model_on(device, torch.bfloat16), tiny_tokenizer)
     report = measure_latency(model, lengths=(50, 600), policies=("block",), repeats=2, directory=tmp_path)
-    places = {"without_graphs", "naive", "host_memory", "host_int8", "host_int4", "memory", "disk"}
+    places = {"without_graphs", "naive", "host_memory", "host_int8", "host_int4", "memory"}
+    places |= {"disk", "disk_kept"}
     for row in report.to_json()["rows"]:
         assert {f"{place}_seconds" for place in places} <= set(row)
         assert 0 < row["memory_floor_seconds"] < row["memory_seconds"]

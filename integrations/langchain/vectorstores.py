@@ -47,7 +47,8 @@ class BlockCacheVectorStore(VectorStore):
         prefills: Encode when documents are added; otherwise when they are used, or by ``index.prefill()``.
         **options: Of the engine: ``tokenizer``, ``device``, ``dtype``, ``adapter``, ``preamble``,
             ``passage_format``, ``blocks_see``, ``disk_budget_bytes``, ``memory_budget_bytes``,
-            ``salt``, ``admission``, ``guard_rate`` and ``guard_threshold``, as for ``ChatBlockCache``.
+            ``device_budget_bytes``, ``salt``, ``admission``, ``guard_rate`` and ``guard_threshold``, as for
+            ``ChatBlockCache``.
 
     Raises:
         ValueError: If there is no such option.

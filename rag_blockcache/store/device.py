@@ -35,6 +35,7 @@ class DeviceStore(MemoryStore):
     Example:
         >>> import torch
         >>> from rag_blockcache.kv_states import KVStates
+        >>> from rag_blockcache.store import DeviceStore
         >>> def copy(blocks):
         ...     return [states.mapped(torch.clone) for states in blocks]
         >>> store = DeviceStore(torch.device("cpu"), copy, size_limit_bytes=2**20)
