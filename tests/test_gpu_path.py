@@ -246,7 +246,7 @@ def test_where_the_device_has_no_memory_left_fewer_blocks_are_copied(device, mon
 def test_blocks_from_disk_are_kept_on_the_device_at_their_second_use(
     device, codec, cuda_graphs, tiny_tokenizer, tmp_path
 ):
-    network = architectures.accepted("Llama").to(device)
+    network = architectures.accepted("llama").to(device)
     options = {"tokenizer": tiny_tokenizer, "passage_format": SHORT, "context_budget_bytes": 0}
     options |= {"codec": codec, "cuda_graphs": cuda_graphs}
     with BlockCache(network, tmp_path, device_budget_bytes=0, **options) as cache:
@@ -270,7 +270,7 @@ def test_blocks_from_disk_are_kept_on_the_device_at_their_second_use(
 
 @pytest.mark.parametrize("device", DEVICES[:1])
 def test_what_was_just_encoded_stays_on_the_device_and_is_held_on_the_host(device, tiny_tokenizer):
-    network = architectures.accepted("Llama").to(device)
+    network = architectures.accepted("llama").to(device)
     with BlockCache(network, None, tokenizer=tiny_tokenizer, passage_format=SHORT) as cache:
         cache.prefill(PASSAGES)
         assert set(cache.store.device) == set(cache.store.memory)
@@ -283,7 +283,7 @@ def test_a_full_device_keeps_no_blocks_and_answers(device, tiny_tokenizer, tmp_p
     def nothing_left(tensor):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    network = architectures.accepted("Llama").to(device)
+    network = architectures.accepted("llama").to(device)
     options = {"tokenizer": tiny_tokenizer, "passage_format": SHORT, "context_budget_bytes": 0}
     with BlockCache(network, tmp_path, **options) as cache:
         cache.prefill(PASSAGES)

@@ -130,7 +130,8 @@ class Places:
     def _keep_on_device(self) -> TieredStore | None:
         """Open the disk with its blocks on the model's device; None where a model keeps none there."""
         names = list(self.memory.store)
-        device = device_tier(self._model, self.memory.store.size_bytes, context_budget_bytes=0)
+        num_bytes = max(1, self.memory.store.size_bytes)  # 0 would turn it off, for a prompt without passages
+        device = device_tier(self._model, num_bytes, context_budget_bytes=0)
         if device is None:
             return None
         memory = MemoryStore()

@@ -28,6 +28,7 @@ def staging_of(device: torch.device) -> Staging:
     return Staging(device)
 
 
+@torch.inference_mode()  # as the buffers are made within requests
 def copies(blocks: Sequence[BlockStates], device: torch.device) -> list[BlockStates]:
     """Copy blocks to a GPU, each into memory of its own.
 
