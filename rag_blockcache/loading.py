@@ -58,7 +58,7 @@ def load_model(
             )
         network, record = model, None
     elif isinstance(model, str | Path):
-        record = _training_record(model, adapter)
+        record = training_record_of(model, adapter)
         network = _load_network(str(model), device, dtype, adapter, record)
         tokenizer = str(model) if tokenizer is None else tokenizer
     else:
@@ -126,7 +126,7 @@ def _load_network(
         network: PreTrainedModel = loaded[0]
         if adapter is not None:
             if record is not None:
-                _compare_base(network, record)
+                compare_base(weights_fingerprint(network), record)
             network.load_adapter(str(adapter))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelNotFoundError(
@@ -156,7 +156,7 @@ def _load_network(
     return network
 
 
-def _training_record(model: str | Path, adapter: str | Path | None) -> TrainingRecord | None:
+def training_record_of(model: str | Path, adapter: str | Path | None) -> TrainingRecord | None:
     """Read what an adapter, or else a folder of weights, says of its training."""
     if adapter is None:
         path = Path(model) / RECORD_FILE
@@ -174,8 +174,9 @@ def _training_record(model: str | Path, adapter: str | Path | None) -> TrainingR
     return TrainingRecord.read(Path(found)) if found is not None else None
 
 
-def _compare_base(network: PreTrainedModel, record: TrainingRecord) -> None:
-    if weights_fingerprint(network) != record.base_fingerprint:
+def compare_base(fingerprint: str, record: TrainingRecord) -> None:
+    """Warn if an adapter was trained on other weights than these, see ``weights_fingerprint``."""
+    if fingerprint != record.base_fingerprint:
         logger.warning(
             "the adapter was trained on other weights of %s than these, such as another revision or a "
             "quantized copy; answers can be worse than those it was measured by",

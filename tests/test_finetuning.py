@@ -576,6 +576,37 @@ def test_a_run_that_started_from_an_adapter_and_was_killed_gives_the_weights_of_
         assert torch.equal(weight, weights_in(tmp_path / "killed")[name]), name
 
 
+def test_a_run_knows_the_weights_that_it_started_from(folder, tmp_path, caplog):
+    first = tmp_path / "first"
+    finetune(recipe_in(folder, first, modes="full", steps=1))
+    recipe = recipe_in(folder, tmp_path / "run", steps=2, start_from=str(first))
+    finetune(recipe)
+    assert "other weights" not in caplog.text
+    finetune(recipe)  # is complete
+    finetune(recipe_in(folder, tmp_path / "other", modes="full", steps=1, seed=1))
+    shutil.copy(tmp_path / "other" / "adapter_model.safetensors", first)
+    with pytest.raises(InvalidInputError, match="other options \\(start_from_sha256\\)"):
+        finetune(recipe)
+    record = json.loads((first / "rag_blockcache.json").read_text())
+    (first / "rag_blockcache.json").write_text(json.dumps(record | {"base_fingerprint": "0" * 32}))
+    finetune(recipe_in(folder, tmp_path / "again", steps=1, start_from=str(first)))
+    assert "the adapter was trained on other weights" in caplog.text
+
+
+def test_an_adapter_that_saw_stand_ins_is_served_behind_them(folder, tmp_path):
+    for seen in ("themselves", "stand-ins"):
+        finetune(recipe_in(folder, tmp_path / seen, steps=1, blocks_see=seen))
+        with BlockCache(folder / "model", None, adapter=tmp_path / seen) as cache:
+            assert cache.blocks_see == seen
+            assert cache.answer("Who?", ["Ada."], max_new_tokens=1).policy == "block"
+        record = json.loads((tmp_path / seen / "rag_blockcache.json").read_text())
+        assert record["blocks_see"] == seen
+    del record["blocks_see"]  # as it was before there was a choice
+    (tmp_path / seen / "rag_blockcache.json").write_text(json.dumps(record))
+    with BlockCache(folder / "model", None, adapter=tmp_path / seen) as cache:
+        assert cache.blocks_see == "themselves"
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -23,7 +23,7 @@ from rag_blockcache.finetuning import lora_layers, mask
 from rag_blockcache.finetuning.mask import Masks
 from rag_blockcache.finetuning.recipe import Recipe, Teacher
 from rag_blockcache.finetuning.samples import closing_tokens
-from rag_blockcache.loading import load_model
+from rag_blockcache.loading import compare_base, load_model, training_record_of
 from rag_blockcache.model import Model
 from rag_blockcache.training_record import RECORD_FILE, TrainingRecord, weights_fingerprint
 
@@ -89,6 +89,10 @@ def load_trainee(recipe: Recipe) -> Trainee:
     served = str(model.config._attn_implementation)
     masks = choose_attention(model, recipe.attention)
     fingerprint = weights_fingerprint(network)
+    if recipe.start_from:
+        begun = training_record_of(recipe.model, recipe.start_from)
+        if begun is not None:
+            compare_base(fingerprint, begun)
     trained = _with_adapter(network, recipe) if recipe.is_adapter else network
     if recipe.compile_layers:
         _compile_layers(network, masks)

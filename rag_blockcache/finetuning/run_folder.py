@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 ANSWERS_FILE = "own_answers.jsonl"
 _RUN_FILE = "run.json"
+_WEIGHTS_FILE = "adapter_model.safetensors"  # as PEFT names it
 
 
 def claim(out: Path, recipe: Recipe, files: Sequence[DataFile]) -> None:
@@ -27,6 +29,9 @@ def claim(out: Path, recipe: Recipe, files: Sequence[DataFile]) -> None:
     """
     hashes = [[file.sha256, file.passages_sha256] for file in files]
     run = {**recipe.described(), "sha256": hashes}
+    start = Path(recipe.start_from or "", _WEIGHTS_FILE)
+    if recipe.start_from and start.is_file():  # of a folder the record has the name alone
+        run["start_from_sha256"] = hashlib.sha256(start.read_bytes()).hexdigest()
     path = out / _RUN_FILE
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
