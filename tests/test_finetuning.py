@@ -593,20 +593,6 @@ def test_a_run_knows_the_weights_that_it_started_from(folder, tmp_path, caplog):
     assert "the adapter was trained on other weights" in caplog.text
 
 
-def test_an_adapter_that_saw_stand_ins_is_served_behind_them(folder, tmp_path):
-    for seen in ("themselves", "stand-ins"):
-        finetune(recipe_in(folder, tmp_path / seen, steps=1, blocks_see=seen))
-        with BlockCache(folder / "model", None, adapter=tmp_path / seen) as cache:
-            assert cache.blocks_see == seen
-            assert cache.answer("Who?", ["Ada."], max_new_tokens=1).policy == "block"
-        record = json.loads((tmp_path / seen / "rag_blockcache.json").read_text())
-        assert record["blocks_see"] == seen
-    del record["blocks_see"]  # as it was before there was a choice
-    (tmp_path / seen / "rag_blockcache.json").write_text(json.dumps(record))
-    with BlockCache(folder / "model", None, adapter=tmp_path / seen) as cache:
-        assert cache.blocks_see == "themselves"
-
-
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -47,6 +47,20 @@ def test_a_cache_with_the_adapter_chooses_blocks_and_one_without_repairs(run, fo
             assert answer.policy == policy
 
 
+def test_an_adapter_that_saw_stand_ins_is_served_behind_them(folder, tmp_path):  # noqa: F811
+    for seen in ("themselves", "stand-ins"):
+        finetune(recipe_in(folder, tmp_path / seen, steps=1, blocks_see=seen))
+        with BlockCache(folder / "model", None, adapter=tmp_path / seen, device="cpu") as cache:
+            assert cache.blocks_see == seen
+            assert cache.generate(QUESTION, PASSAGES, max_new_tokens=1).policy == "block"
+        record = json.loads((tmp_path / seen / "rag_blockcache.json").read_text())
+        assert record["blocks_see"] == seen
+    del record["blocks_see"]  # as it was before there was a choice
+    (tmp_path / seen / "rag_blockcache.json").write_text(json.dumps(record))
+    with BlockCache(folder / "model", None, adapter=tmp_path / seen, device="cpu") as cache:
+        assert cache.blocks_see == "themselves"
+
+
 def test_the_adapter_changes_answers_and_the_names_of_blocks(run, folder):  # noqa: F811
     assert not torch.allclose(logits(folder / "model"), logits(folder / "model", adapter=run), atol=0.1)
     names = set()
