@@ -49,13 +49,12 @@ twice, in the modes {modes}, with other passages around those that its answer re
 What it answers rests on the passages that it is given, and on data of the kinds above; it was measured on
 no others. The weights of the base model and the data have licences of their own.
 """
-_WHAT = {
-    True: "It answers over passages that were encoded apart and do not see one another (block attention), "
-    "and under full attention too.",
-    False: "It was trained under full attention only, to compare with. It is not block-fine-tuned.",
-}
-
-
+_APART = (
+    "It answers over passages that were encoded apart{seen} and do not see one another (block attention), "
+    "and under full attention too."
+)
+_FULL = "It was trained under full attention only, to compare with. It is not block-fine-tuned."
+_SEEN = {"themselves": "", "stand-ins": ", behind stand-ins for other passages,"}
 _KINDS = {"block": "answers, block attention", "full": "answers, full attention", "text": "general text"}
 
 
@@ -67,7 +66,7 @@ def write_card(record: TrainingRecord, history: History, out: Path, *, is_adapte
             base=record.base_model,
             library="peft" if is_adapter else "transformers",
             name=out.resolve().name,
-            what=_WHAT[record.block_fine_tuned],
+            what=_APART.format(seen=_SEEN[record.blocks_see]) if record.block_fine_tuned else _FULL,
             use=f'"{record.base_model}", "./kv", adapter="FOLDER"' if is_adapter else '"FOLDER", "./kv"',
             data="\n".join(
                 f"| {file['name']} | {file['num_examples']:,} | {file['num_samples']:,} "
