@@ -30,7 +30,7 @@ ROWS = (  # run, arm, what it is called
     ("adapter", "full", "block-fine-tuned, full attention"),
     ("adapter", "block/unmoved", "block-fine-tuned, blocks, keys not re-encoded"),
     ("adapter", "block/stand-ins", "block-fine-tuned behind stand-ins, such blocks"),
-    ("adapter", "block/unmoved/stand-ins", "block-fine-tuned behind stand-ins, such blocks, keys not re-encoded"),
+    ("adapter", "block/unmoved/stand-ins", "block-fine-tuned behind stand-ins, keys not re-encoded"),
 )
 BASELINE = ("control", "full")
 
