@@ -19,10 +19,7 @@ from rag_blockcache.quantization import CODECS
 from rag_blockcache.store import DeviceStore, DiskStore, MemoryStore, TieredStore
 
 BLOCK_BYTES = make_block("a").num_bytes
-HERE, ELSEWHERE = (
-    torch.device("cpu"),
-    torch.device("cuda"),
-)  # blocks of a test are here; a GPU it need not have
+HERE, ELSEWHERE = torch.device("cpu"), torch.device("cuda")  # where blocks of a test are, and are not
 
 
 def copies_of(blocks):

@@ -113,11 +113,12 @@ def read_data(path: Path, passages: Path | None = None, *, needs_answers: bool =
             ) from error
     if not examples:
         raise InvalidInputError(f"{path.name} holds no examples; give a file that does, or leave it out")
-    looked_up = _sha256(table_path()) if table_path.cache_info().currsize else None
-    return DataFile(path.name, _sha256(path), looked_up, examples)
+    looked_up = sha256_of(table_path()) if table_path.cache_info().currsize else None
+    return DataFile(path.name, sha256_of(path), looked_up, examples)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

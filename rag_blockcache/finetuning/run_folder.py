@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from rag_blockcache.errors import InvalidInputError
 from rag_blockcache.finetuning.curves import HISTORY_FILE
-from rag_blockcache.finetuning.examples import DataFile
+from rag_blockcache.finetuning.examples import DataFile, sha256_of
 from rag_blockcache.finetuning.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ def claim(out: Path, recipe: Recipe, files: Sequence[DataFile]) -> None:
     run = {**recipe.described(), "sha256": hashes}
     start = Path(recipe.start_from or "", _WEIGHTS_FILE)
     if recipe.start_from and start.is_file():  # of a folder the record has the name alone
-        run["start_from_sha256"] = hashlib.sha256(start.read_bytes()).hexdigest()
+        run["start_from_sha256"] = sha256_of(start)
     path = out / _RUN_FILE
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
