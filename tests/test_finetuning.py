@@ -315,12 +315,14 @@ def test_stand_ins_end_where_their_block_begins(short_stand_ins, tiny_tokenizer)
         before, own = (sample.positions[sample.block_ids == sign * block] for sign in (-1, 1))
         assert before[-1] == own[0] - 1
     assert not sample.is_learned[~is_own].any()
-    assert (
-        maker_for(tiny_tokenizer, blocks_see="stand-ins", max_tokens=len(plain.token_ids)).make(
-            EXAMPLES[2], "block", None
-        )
-        is None
-    ), "stand-ins take room in a row"
+    for limits, fits in (
+        ({"max_tokens": len(plain.token_ids)}, True),
+        ({"row_tokens": len(plain.token_ids)}, False),
+    ):
+        maker = maker_for(
+            tiny_tokenizer, blocks_see="stand-ins", **limits
+        )  # of a row they take room, of a prompt none
+        assert (maker.make(EXAMPLES[2], "block", None) is not None) == fits
 
 
 def test_positions_begin_again_with_each_sample_and_are_those_of_its_prompt(tiny_tokenizer):

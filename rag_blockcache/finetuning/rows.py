@@ -52,6 +52,7 @@ def sample_maker(
         preamble=recipe.preamble,
         min_passages=recipe.min_passages,
         max_tokens=max_tokens,
+        row_tokens=recipe.row_tokens,
         blocks_see=recipe.blocks_see,
     )
 

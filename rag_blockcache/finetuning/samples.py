@@ -75,7 +75,8 @@ class SampleMaker:
         passage_format: In which passages are shown.
         preamble: Text before them; None for that of the format.
         min_passages: Fewest passages of a sample, if its example has as many.
-        max_tokens: Longest sample.
+        max_tokens: Longest sample; stand-ins, which are in no prompt, are not counted.
+        row_tokens: Room for a sample with its stand-ins; None for as much as it takes.
         blocks_see: What blocks attend to beside themselves, see ``conditioning``.
     """
 
@@ -88,12 +89,14 @@ class SampleMaker:
         preamble: str | None,
         min_passages: int,
         max_tokens: int,
+        row_tokens: int | None = None,
         blocks_see: BlocksSee = "themselves",
     ) -> None:
         self._tokenizer, self._prompt = tokenizer, Prompt(tokenizer, passage_format, preamble)
         self._stand_ins = self._prompt.run_of_passages(STAND_INS) if blocks_see == "stand-ins" else ()
         self._closing = tuple(closing)
         self._min_passages, self._max_tokens = min_passages, max_tokens
+        self._row_tokens = row_tokens
 
     def make(
         self,
@@ -170,7 +173,8 @@ class SampleMaker:
     def _joined(self, common: Sequence[Segment], branches: Sequence[_Branch], mode: Mode) -> Sample | None:
         runs = list(self._runs(common, branches, mode))
         lengths = [len(run.token_ids) for run in runs]
-        if sum(lengths) > self._max_tokens:
+        num_shown = sum(len(run.token_ids) for run in runs if run.block >= 0)
+        if num_shown > self._max_tokens or (self._row_tokens and sum(lengths) > self._row_tokens):
             return None
         places = [run.start + np.arange(len(run.token_ids), dtype=np.int32) for run in runs]
         return Sample(
