@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from store_blocks import is_same, make_block
 
+from rag_blockcache import readers
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.store import DiskStore
@@ -697,6 +698,73 @@ def test_reading_takes_no_lock_and_does_not_wait_for_a_writer(store):
     writer.execute("ROLLBACK")
     writer.close()
     assert log.read_bytes() == before
+
+
+# Many blocks, read for the first time
+
+
+@pytest.fixture
+def many(store, monkeypatch):
+    """A store with nine blocks that were not read yet, on a machine of four cores."""
+    monkeypatch.setattr(readers, "num_cores", lambda: 4)
+    store.put_many({name: make_block(name) for name in "abcdefghi"})
+    with reopened(store) as fresh:
+        yield fresh
+
+
+@pytest.mark.parametrize("read", [DiskStore.get_many, DiskStore.preload])
+def test_blocks_are_checked_side_by_side_and_come_in_the_order_asked_for(many, monkeypatch, read):
+    both, original = threading.Barrier(2), disk_module.read_block
+
+    def meet(*args, **options):
+        both.wait(10)
+        return original(*args, **options)
+
+    monkeypatch.setattr(disk_module, "read_block", meet)
+    found = read(many, "hcafbdge")
+    assert list(found) == list("hcafbdge")
+    assert all(is_same(found[name], make_block(name)) for name in found)
+
+
+def test_blocks_that_were_checked_are_mapped_by_the_thread_that_asks(many, monkeypatch):
+    many.get_many("abcdefgh")
+    threads, original = set(), disk_module.read_block
+
+    def note(*args, **options):
+        threads.add((threading.get_ident(), options["check"]))
+        return original(*args, **options)
+
+    monkeypatch.setattr(disk_module, "read_block", note)
+    assert list(many.get_many("abcdefghi")) == list("abcdefghi")
+    assert threads == {(threading.get_ident(), False), (threading.get_ident(), True)}  # one is new
+
+
+def test_among_many_what_is_damaged_is_dropped_and_what_is_gone_is_missed(many, caplog):
+    truncate(file_of(many, "b"))
+    flip_a_bit(file_of(many, "e"))
+    file_of(many, "g").unlink()
+    assert list(many.get_many("abcdxefgh")) == list("acdfh")
+    assert [record.args[0] for record in caplog.records] == ["b", "e"]
+    assert (many.stats().num_hits, many.stats().num_misses) == (5, 4)
+    assert many.use_counts("ab") == {"a": 1}
+    assert "e" not in many
+    many.put_many({name: make_block(name) for name in "beg"})
+    assert list(many.get_many("abcdefgh")) == list("abcdefgh")
+
+
+def test_among_many_another_failure_of_the_disk_is_reported(many, monkeypatch):
+    original = disk_module.read_block
+
+    def fail_at_d(path, block_id, *, check):
+        if block_id == "d":
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path, block_id, check=check)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_module, "read_block", fail_at_d)
+        with pytest.raises(StoreError, match="Input/output error"):
+            many.get_many("abcdefgh")
+    assert list(many.get_many("abcdefgh")) == list("abcdefgh")
 
 
 # A full disk

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rag_blockcache.model import Model
+from rag_blockcache.readers import num_cores
 
 _PACKAGES = ("rag_blockcache", "torch", "transformers")
 
@@ -67,16 +68,12 @@ def _hardware(device: torch.device) -> dict[str, str]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {
         "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
-        "cores": f"{_num_cores()} cores",
+        "cores": f"{num_cores()} cores",
         "memory": f"{memory_bytes / 2**30:.0f} GiB",
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -6,12 +6,14 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.kv_states import BlockStates
+from rag_blockcache.readers import Readers
 from rag_blockcache.store.batches import NewBlock, Room, new_blocks, next_batch
 from rag_blockcache.store.block_directory import locked, open_directory
 from rag_blockcache.store.block_file import read_block, request_file, stored_bytes, write_block
@@ -126,25 +128,19 @@ class DiskStore(BlockStore):
         """Return those of the blocks that are there and whole, in the order asked for.
 
         A damaged block is logged, dropped and left out. Files that this process reads for the first time are
-        all requested from the disk before the first of them is needed.
+        all requested from the disk before the first of them is needed, and checked side by side.
         """
         wanted = list(dict.fromkeys(block_ids))
-        self._request(wanted, but=self._checked)
-        return _found(wanted, self.__getitem__)
+        found = self._load_many(wanted, request_all=False)
+        with self._lock:
+            self._num_hits += len(found)
+            self._num_misses += len(wanted) - len(found)
+            self._uses.update(found.keys())  # a Counter would add the values of a mapping
+        return found
 
     def preload(self, block_ids: Iterable[str]) -> dict[str, BlockStates]:
         """Return what ``get_many`` does and count no use; all files are requested from the disk."""
-        wanted = list(dict.fromkeys(block_ids))
-        self._request(wanted)
-        return _found(wanted, self._load)
-
-    def _request(self, block_ids: Iterable[str], *, but: Collection[str] = ()) -> None:
-        """Have files read ahead, except those of some names."""
-        for block_id in block_ids:
-            with suppress(CorruptBlockError):
-                name = self._name_of(block_id)
-                if name is not None and name not in but:
-                    request_file(self._index.path(name))
+        return self._load_many(dict.fromkeys(block_ids), request_all=True)
 
     def count_uses(self, block_ids: Iterable[str]) -> None:
         """Count a use of blocks that were served from elsewhere, so that they are not evicted as idle."""
@@ -251,8 +247,36 @@ class DiskStore(BlockStore):
         name = self._name_of(block_id)
         if name is None:
             raise KeyError(block_id)
+        return self._kept(block_id, name, self._reading(block_id, name))
+
+    def _load_many(self, block_ids: Iterable[str], *, request_all: bool) -> dict[str, BlockStates]:
+        """Return those of the blocks that are there and whole; the index is asked by this thread alone."""
+        names = {}
+        for block_id in block_ids:
+            with suppress(CorruptBlockError):
+                name = self._name_of(block_id)
+                if name is not None:
+                    names[block_id] = name
+        new = [block_id for block_id, name in names.items() if name not in self._checked]
+        for block_id in names if request_all else new:
+            request_file(self._index.path(names[block_id]))
+        reads = {block_id: self._reading(block_id, name) for block_id, name in names.items()}
+        found = {}
+        with Readers() as readers:
+            reads |= zip(new, readers.begin([reads[block_id] for block_id in new]), strict=True)
+            for block_id, name in names.items():
+                with suppress(KeyError, CorruptBlockError):
+                    found[block_id] = self._kept(block_id, name, reads[block_id])
+        return found
+
+    def _reading(self, block_id: str, name: str) -> Callable[[], BlockStates]:
+        """Return what reads a block, and checks all of it the first time."""
+        return partial(self._read, block_id, name, check=name not in self._checked)
+
+    def _kept(self, block_id: str, name: str, read: Callable[[], BlockStates]) -> BlockStates:
+        """Return what was read of a block if it is whole; otherwise drop it."""
         try:
-            states = self._read(block_id, name, check=name not in self._checked)
+            states = read()
         except CorruptBlockError as error:
             self._drop(block_id, name, error)
             raise
@@ -314,12 +338,3 @@ class DiskStore(BlockStore):
                 num_orphans,
             )
         return lost
-
-
-def _found(block_ids: Iterable[str], load: Callable[[str], BlockStates]) -> dict[str, BlockStates]:
-    """Return those of the blocks that are there and whole."""
-    found = {}
-    for block_id in block_ids:
-        with suppress(KeyError, CorruptBlockError):
-            found[block_id] = load(block_id)
-    return found
