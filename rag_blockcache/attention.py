@@ -70,7 +70,9 @@ def grouped_attention(
     is_plain = all(
         name in _PLAIN or not value for name, value in options.items() if not isinstance(value, Tensor)
     )
-    if query.shape[1] > key.shape[1] and is_plain and not options.get("dropout"):
+    # On a GPU most kernels take no groups beside a mask, and one that makes all products would be left.
+    is_grouped = query.shape[1] > key.shape[1] and query.device.type == "cpu"
+    if is_grouped and is_plain and not options.get("dropout"):
         if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
             return _attention_of_one(query, key, value, attention_mask, options.get("scaling")), None
         if attention_mask is not None:
@@ -109,7 +111,7 @@ def _masked_attention(
         ``(batch, num_queries, num_heads, head_dim)``.
     """
     num_queries = query.shape[2]
-    is_cut = query.device.type == "cpu" and mask.dtype == torch.bool and num_queries >= 2 * _CHUNK
+    is_cut = mask.dtype == torch.bool and num_queries >= 2 * _CHUNK
     chunk = _CHUNK if is_cut else num_queries
     parts = []
     for first in range(0, num_queries, chunk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -561,6 +562,30 @@ def test_training_goes_on_from_an_adapter_which_teaches_unchanged(folder, tmp_pa
     assert any(not torch.equal(before[name], weights_in(tmp_path / "blocks")[name]) for name in before)
 
 
+def test_an_adapter_of_another_training_teaches(folder, tmp_path):
+    first, teacher = tmp_path / "first", tmp_path / "teacher"
+    finetune(recipe_in(folder, first, modes="full", steps=2))
+    finetune(recipe_in(folder, teacher, modes="full", steps=6, learning_rate=1e-2, lora_rank=2, seed=1))
+    options = {"start_from": str(first), "distill": 1.0, "modes": "full", "steps": 8}
+    by_name = finetune(recipe_in(folder, tmp_path / "name", teacher="start", **options))
+    by_path = finetune(recipe_in(folder, tmp_path / "path", teacher=str(first), **options))
+    assert [entry.get("loss") for entry in by_name.history] == [
+        entry.get("loss") for entry in by_path.history
+    ]
+
+    taught = finetune(
+        recipe_in(folder, tmp_path / "taught", teacher=str(teacher), learning_rate=1e-2, **options)
+    )
+    losses = [entry["loss"] for entry in taught.history]
+    assert losses[0] > 1e-3
+    assert losses[-1] < losses[0]
+    assert taught.record.recipe["teacher"] == "teacher"
+    run = json.loads((tmp_path / "taught" / "run.json").read_text())
+    weights = (teacher / "adapter_model.safetensors").read_bytes()
+    assert run["teacher_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert sorted(path.name for path in (tmp_path / "taught").iterdir() if path.is_dir()) == ["checkpoints"]
+
+
 def test_a_run_that_started_from_an_adapter_and_was_killed_gives_the_weights_of_one_that_was_not(
     folder, tmp_path
 ):
@@ -601,9 +626,12 @@ def test_a_run_knows_the_weights_that_it_started_from(folder, tmp_path, caplog):
         ({"teacher": "start", "distill": 0.5}, "nothing to start from"),
         ({"start_from": "nowhere"}, "cannot start from nowhere"),
         ({"start_from": "nowhere", "lora_rank": 0}, "no adapter"),
+        ({"teacher": "nowhere", "distill": 0.5}, "no one can teach as nowhere"),
+        ({"teacher": "nowhere", "distill": 0.5, "lora_rank": 0}, "'nowhere' cannot teach"),
+        ({"teacher": ""}, "teacher is empty"),
     ],
 )
-def test_an_adapter_that_training_cannot_start_from_is_an_error(options, problem, folder, tmp_path):
+def test_an_adapter_that_training_cannot_use_is_an_error(options, problem, folder, tmp_path):
     with pytest.raises(InvalidInputError, match=problem):
         finetune(recipe_in(folder, tmp_path / "run", **options))
 

@@ -51,9 +51,9 @@ class UnmovedBlockCache(BlockCache):
 def turned_back(model: Model, states: KVStates, offset: int, total_length: int) -> KVStates:
     """Turn position-free keys back by ``offset``, so that moving them forward ends that much earlier."""
     keys = states.keys.clone()
-    for index, layer in enumerate(model.layers):
-        if layer.rotary is not None and offset:
-            position = torch.tensor([offset], device=layer.device)
-            angles = layer.rotary.angles(position, total_length=total_length).to(keys.device)
-            keys[index] = unrotate_keys(states.keys[index], angles, interleaved=layer.rotary.interleaved)
+    for rotary in {layer.rotary for layer in model.layers if layer.rotary is not None and offset}:
+        alike = [index for index, layer in enumerate(model.layers) if layer.rotary == rotary]
+        position = torch.tensor([offset], device=model.layers[alike[0]].device)
+        angles = rotary.angles(position, total_length=total_length).to(keys.device)
+        keys[alike] = unrotate_keys(states.keys[alike], angles, interleaved=rotary.interleaved)
     return KVStates(keys, states.values)

@@ -21,14 +21,14 @@ from rag_blockcache import attention as grouped_attention
 from rag_blockcache.errors import InvalidInputError, UnsupportedModelError
 from rag_blockcache.finetuning import lora_layers, mask
 from rag_blockcache.finetuning.mask import Masks
-from rag_blockcache.finetuning.recipe import Recipe, Teacher
+from rag_blockcache.finetuning.recipe import Recipe
 from rag_blockcache.finetuning.samples import closing_tokens
 from rag_blockcache.loading import compare_base, load_model, training_record_of
 from rag_blockcache.model import Model
 from rag_blockcache.training_record import RECORD_FILE, TrainingRecord, weights_fingerprint
 
 _VARIANTS = 64  # of a layer: trained, measured or asked as a teacher, in each length
-_TRAINED, _START = "default", "start"  # names of adapters inside the model
+_TRAINED, _TEACHER = "default", "teacher"  # names of adapters inside the model
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ def load_trainee(recipe: Recipe) -> Trainee:
     served = str(model.config._attn_implementation)
     masks = choose_attention(model, recipe.attention)
     fingerprint = weights_fingerprint(network)
-    if recipe.start_from:
-        begun = training_record_of(recipe.model, recipe.start_from)
-        if begun is not None:
-            compare_base(fingerprint, begun)
+    for adapter in recipe.adapters.values():
+        if (known := training_record_of(recipe.model, adapter)) is not None:
+            compare_base(fingerprint, known)
     trained = _with_adapter(network, recipe) if recipe.is_adapter else network
     if recipe.compile_layers:
         _compile_layers(network, masks)
@@ -174,6 +173,9 @@ def _with_adapter(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
     network.config._name_or_path = network.name_or_path = recipe.model_name  # no folder of this machine
     with _without_warning_of_peft():
         model = _going_on(network, recipe) if recipe.start_from else _starting(network, recipe)
+        if recipe.teaching_adapter:
+            with _named_adapter(recipe, recipe.teaching_adapter, "no one can teach as"):
+                model.load_adapter(recipe.teaching_adapter, _TEACHER)
     lora_layers.fuse(model)
     # Left to itself, PEFT asks the hub at every checkpoint whether the vocabulary has grown.
     model.save_pretrained = functools.partial(  # type: ignore[method-assign]
@@ -194,22 +196,25 @@ def _starting(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def _going_on(network: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """Load an adapter to train; if it is to teach too, a second time, to stay as it is."""
     assert recipe.start_from is not None
-    try:
-        model = PeftModel.from_pretrained(network, recipe.start_from, _TRAINED, is_trainable=True)
-        if recipe.distill and recipe.teacher == "start":
-            model.load_adapter(recipe.start_from, _START)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InvalidInputError(
-            f"training cannot start from {recipe.start_from}: {error}; give an adapter of {recipe.model_name}"
-        ) from error
-    return model
+    with _named_adapter(recipe, recipe.start_from, "training cannot start from"):
+        return PeftModel.from_pretrained(network, recipe.start_from, _TRAINED, is_trainable=True)
 
 
 @contextlib.contextmanager
-def as_teacher(network: nn.Module, teacher: Teacher) -> Iterator[None]:
-    """Let a model with an adapter, or without one if it teaches itself, be its teacher, inside this block."""
+def _named_adapter(recipe: Recipe, adapter: str, what: str) -> Iterator[None]:
+    """Say of an adapter that cannot be loaded what it was wanted for."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InvalidInputError(
+            f"{what} {adapter}: {error}; give an adapter of {recipe.model_name}"
+        ) from error
+
+
+@contextlib.contextmanager
+def as_teacher(network: nn.Module, teacher: str) -> Iterator[None]:
+    """Let a model be its teacher inside this block, see ``Recipe.teacher``; without an adapter it is itself."""
     if teacher == "itself":
         yield
         return
@@ -223,7 +228,7 @@ def as_teacher(network: nn.Module, teacher: Teacher) -> Iterator[None]:
         finally:
             tuner.enable_adapter_layers()
         return
-    model.set_adapter(_START, inference_mode=True)
+    model.set_adapter(_TEACHER, inference_mode=True)
     try:
         yield
     finally:

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from rag_blockcache.errors import InvalidInputError
 
 Mode = Literal["block", "full"]
-Teacher = Literal["base", "start", "itself"]
 _LEARNING_RATES = {True: 5e-4, False: 2e-5}  # of an adapter, of all weights
+_TEACHERS = ("base", "start", "itself")  # or an adapter
 _NOT_OF_THE_RUN = {"out", "workers", "merge"}  # may differ when a run goes on
 
 
@@ -72,10 +72,10 @@ class Recipe:
         None, "Adapter of this model to go on with, hub id or folder; rank and scale are then those it has."
     )
     distill: float = _option(0.0, "Share of the loss that is distance to the teacher, 0 to 1.")
-    teacher: Teacher = _option(  # noqa: RUF009 - a literal, as the others are
+    teacher: str = _option(
         "base",
-        "Who teaches under full attention: the model without its adapter, with the adapter that training "
-        "started from, or as it is at that step.",
+        "Who teaches under full attention: base, the model without its adapter; start, with the adapter that "
+        "training started from; itself, as it is at that step; or with another adapter, hub id or folder.",
     )
     precision: Literal["bfloat16", "float32"] = _option("bfloat16", "What matrix products are computed in.")
     attention: Literal["auto", "flex", "sdpa"] = _option(
@@ -122,15 +122,18 @@ class Recipe:
             raise InvalidInputError(
                 "teacher is 'start', and there is nothing to start from; name an adapter in start_from"
             )
+        if not self.teacher:
+            raise InvalidInputError(f"teacher is empty; name one of {', '.join(_TEACHERS)}, or an adapter")
         if self.is_adapter:
             return
         if self.start_from:
             raise InvalidInputError(
                 "with lora_rank 0 all weights are trained, and no adapter; leave start_from out"
             )
-        if self.distill and self.teacher == "base":
+        if self.distill and self.teacher != "itself":
             raise InvalidInputError(
-                "with lora_rank 0 the base model changes and cannot teach; take teacher 'itself'"
+                f"with lora_rank 0 the base model changes, and {self.teacher!r} cannot teach; "
+                "take teacher 'itself'"
             )
         if self.merge:
             raise InvalidInputError("with lora_rank 0 there is no adapter to merge; leave merge out")
@@ -139,6 +142,19 @@ class Recipe:
     def is_adapter(self) -> bool:
         """Whether an adapter is trained, and not all weights."""
         return self.lora_rank > 0
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that are read, hub ids or folders, by the option that names them."""
+        named = {"start_from": self.start_from, "teacher": self.teacher}
+        return {option: name for option, name in named.items() if name and name not in _TEACHERS}
+
+    @property
+    def teaching_adapter(self) -> str | None:
+        """The adapter that has to be loaded to teach, if any."""
+        if not self.distill:
+            return None
+        return self.start_from if self.teacher == "start" else self.adapters.get("teacher")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -168,6 +184,6 @@ class Recipe:
         for name in ("data", "eval_data"):
             options[name] = [Path(path).name for path in options[name]]
         options["passages"] = Path(self.passages).name if self.passages else None
-        if self.start_from and Path(self.start_from).is_dir():
-            options["start_from"] = Path(self.start_from).resolve().name
+        for option, name in self.adapters.items():
+            options[option] = Path(name).resolve().name if Path(name).is_dir() else name
         return options

@@ -28,9 +28,9 @@ def claim(out: Path, recipe: Recipe, files: Sequence[DataFile]) -> None:
     """
     hashes = [[file.sha256, file.passages_sha256] for file in files]
     run = {**recipe.described(), "sha256": hashes}
-    start = Path(recipe.start_from or "", _WEIGHTS_FILE)
-    if recipe.start_from and start.is_file():  # of a folder the record has the name alone
-        run["start_from_sha256"] = sha256_of(start)
+    for option, adapter in recipe.adapters.items():
+        if (weights := Path(adapter, _WEIGHTS_FILE)).is_file():  # of a folder the record has the name alone
+            run[f"{option}_sha256"] = sha256_of(weights)
     path = out / _RUN_FILE
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,6 @@ from transformers import Trainer
 from rag_blockcache.finetuning.mask import Masks
 from rag_blockcache.finetuning.network import as_teacher
 from rag_blockcache.finetuning.packing import IGNORED, part_of
-from rag_blockcache.finetuning.recipe import Teacher
 
 KINDS = ("block", "full", "text")  # answers by the mode they are learned in, and general text
 _PARTS = 4  # lengths that a teacher is compiled for: so many parts of a row
@@ -72,9 +71,7 @@ class BlockTrainer(Trainer):
         **options: As for transformers' Trainer.
     """
 
-    def __init__(
-        self, *, masks: Masks, distill: float, teacher: Teacher, has_base: bool, **options: Any
-    ) -> None:
+    def __init__(self, *, masks: Masks, distill: float, teacher: str, has_base: bool, **options: Any) -> None:
         super().__init__(**options)
         self._masks, self._distill, self._teacher = masks, distill, teacher
         self._has_base = has_base
@@ -120,7 +117,7 @@ class BlockTrainer(Trainer):
 
     @torch.no_grad()
     def _teacher_logits(
-        self, model: nn.Module, inputs: dict[str, Any], *, of_text: bool, teacher: Teacher
+        self, model: nn.Module, inputs: dict[str, Any], *, of_text: bool, teacher: str
     ) -> Tensor:
         """Return what a teacher says of the learned tokens of text, or of answers, under full attention."""
         is_wanted = (inputs["is_text"][0].bool() == of_text) & (inputs["block_ids"][0] >= 0)
