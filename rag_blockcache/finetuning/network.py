@@ -214,7 +214,7 @@ def _named_adapter(recipe: Recipe, adapter: str, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_teacher(network: nn.Module, teacher: str) -> Iterator[None]:
-    """Let a model be its teacher inside this block, see ``Recipe.teacher``; without an adapter it is itself."""
+    """Let a model be its teacher inside this block, see ``Recipe.teacher``; one without adapter is itself."""
     if teacher == "itself":
         yield
         return
