@@ -59,8 +59,30 @@ def test_stand_ins_are_seen_and_are_not_counted(model, monkeypatch):
     assert seen == [0, 4]
 
 
-def test_the_bare_pass_takes_whole_rows_only(model):
-    assert prefill._bare(model, list(range(250)), 4).num_tokens == 200
+def test_the_bare_pass_goes_over_every_token_once_and_pads_little(model, monkeypatch):
+    shapes, inner = [], model.backbone.forward
+
+    def observed(input_ids, **options):
+        shapes.append(tuple(input_ids.shape))
+        return inner(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model.backbone, "forward", observed)
+    assert prefill._bare(model, [[1, 2, 3], [4, 5, 6, 7], [8], [9, 10]], 2).num_tokens == 10
+    assert shapes == [(2, 2), (2, 4)]
+
+
+def test_rows_of_equal_length_take_whole_rows_only(model, monkeypatch, tmp_path):
+    asked, inner = [], prefill._bare
+
+    def observed(model, rows, batch_size):
+        asked.append([len(row) for row in rows])
+        return inner(model, rows, batch_size)
+
+    monkeypatch.setattr(prefill, "_bare", observed)
+    measure_prefill(model, num_tokens=250, passage_tokens=(20, 60), repeats=1, directory=tmp_path)
+    assert {length for lengths in asked[:-2] for length in lengths} <= set(range(20, 61)) | {100}
+    assert [100, 100] in asked
+    assert sum(asked[-1]) == 250
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.errors import InvalidInputError
@@ -46,9 +47,13 @@ class PrefillMeasure:
         store: Tokens per second of encoding and storing on disk, batch by batch.
         bare: Tokens per second of the bare model's forward pass: rows of equal length, at the best of
             several batch sizes, keeping nothing.
+        bare_mixed: The same over the passages themselves, sorted by length and padded, in as many rows.
         encode_share: ``encode`` as a share of ``bare``, in pairs.
         behind_share: ``behind`` likewise.
         store_share: ``store`` as a share of ``bare``, in pairs.
+        encode_share_mixed: ``encode`` as a share of ``bare_mixed``, in pairs.
+        behind_share_mixed: ``behind`` likewise.
+        store_share_mixed: ``store`` likewise.
         bare_by_batch: Tokens per second of the bare pass at each batch size that was tried.
         bare_batch_size: Rows in the best of them.
         num_bytes: Keys and values written in each round.
@@ -67,9 +72,13 @@ class PrefillMeasure:
     behind: Spread
     store: Spread
     bare: Spread
+    bare_mixed: Spread
     encode_share: Spread
     behind_share: Spread
     store_share: Spread
+    encode_share_mixed: Spread
+    behind_share_mixed: Spread
+    store_share_mixed: Spread
     bare_by_batch: dict[int, float]
     bare_batch_size: int
     num_bytes: int
@@ -79,24 +88,27 @@ class PrefillMeasure:
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values, and as ``rows`` what a table of it shows."""
         ways = {
-            "bare forward, best batch, nothing kept": (self.bare, None),
-            "encoder, states kept": (self.encode, self.encode_share),
-            "encoder, behind stand-ins": (self.behind, self.behind_share),
-            "encoder and disk": (self.store, self.store_share),
+            "bare forward, rows of equal length, nothing kept": (self.bare, None, None),
+            "bare forward, these passages, nothing kept": (self.bare_mixed, None, None),
+            "encoder, states kept": (self.encode, self.encode_share, self.encode_share_mixed),
+            "encoder, behind stand-ins": (self.behind, self.behind_share, self.behind_share_mixed),
+            "encoder and disk": (self.store, self.store_share, self.store_share_mixed),
         }
         rows = [
             {
                 "way": way,
                 "tokens_per_second": round(rate.median),
-                "percent_of_bare": 100.0 if share is None else 100 * share.median,
+                "percent_of_bare": None if share is None else 100 * share.median,
+                "percent_of_mixed": None if mixed is None else 100 * mixed.median,
                 "write_bytes": self.write_bytes_per_second.median if rate is self.store else None,
             }
-            for way, (rate, share) in ways.items()
+            for way, (rate, share, mixed) in ways.items()
         ]
         columns = {
             "way": "",
             "tokens_per_second": "tokens/s",
-            "percent_of_bare": "% of bare forward",
+            "percent_of_bare": "% of rows of equal length",
+            "percent_of_mixed": "% of these passages",
             "write_bytes": "written, per second",
         }
         found = dataclasses.asdict(self)
@@ -154,10 +166,12 @@ def measure_prefill(
     run = token_run(model, num_tokens, text)
     passages = mixed_passages(run, shortest, longest)
     tell("trying batch sizes of the bare forward pass")
-    by_batch = {size: _best_bare_rate(model, run, size) for size in _batch_sizes(model, num_tokens)}
+    equal = [run[at : at + _BARE_LENGTH] for at in range(0, num_tokens - _BARE_LENGTH + 1, _BARE_LENGTH)]
+    by_batch = {size: _best_bare_rate(model, equal, size) for size in _batch_sizes(model, num_tokens)}
     best = max(by_batch, key=lambda size: by_batch[size])
     ways = {
-        "bare": lambda: _bare(model, run, best),
+        "bare": lambda: _bare(model, equal, best),
+        "mixed": lambda: _bare(model, passages, best),
         "encode": lambda: _encode(model, passages),
         "behind": lambda: _encode(model, passages, behind=run[:_STAND_IN_TOKENS]),
         "store": lambda: _encode_and_store(model, passages, directory),
@@ -176,9 +190,13 @@ def measure_prefill(
         behind=Spread.of(rates["behind"]),
         store=Spread.of(rates["store"]),
         bare=Spread.of(rates["bare"]),
+        bare_mixed=Spread.of(rates["mixed"]),
         encode_share=ratios(rates["encode"], rates["bare"]),
         behind_share=ratios(rates["behind"], rates["bare"]),
         store_share=ratios(rates["store"], rates["bare"]),
+        encode_share_mixed=ratios(rates["encode"], rates["mixed"]),
+        behind_share_mixed=ratios(rates["behind"], rates["mixed"]),
+        store_share_mixed=ratios(rates["store"], rates["mixed"]),
         bare_by_batch=by_batch,
         bare_batch_size=best,
         num_bytes=num_bytes,
@@ -194,23 +212,25 @@ def _batch_sizes(model: Model, num_tokens: int) -> list[int]:
     return [size for size in sizes if size * _BARE_LENGTH <= num_tokens]
 
 
-def _best_bare_rate(model: Model, run: Sequence[int], batch_size: int) -> float:
-    num_tokens = max(int(len(run) * _SWEEP_SHARE), batch_size * _BARE_LENGTH)
-    _bare(model, run[: batch_size * _BARE_LENGTH], batch_size)
-    return max(_bare(model, run[:num_tokens], batch_size).rate for _ in range(2))
+def _best_bare_rate(model: Model, rows: Sequence[Sequence[int]], batch_size: int) -> float:
+    num_rows = max(int(len(rows) * _SWEEP_SHARE), batch_size)
+    _bare(model, rows[:batch_size], batch_size)
+    return max(_bare(model, rows[:num_rows], batch_size).rate for _ in range(2))
 
 
 @torch.inference_mode()
-def _bare(model: Model, run: Sequence[int], batch_size: int) -> _Pass:
-    """Run the decoder as a user would who wants nothing but speed: equal rows, no cache, no logits."""
+def _bare(model: Model, rows: Sequence[Sequence[int]], batch_size: int) -> _Pass:
+    """Run the decoder as a user would who wants nothing but speed: no cache, no logits.
+
+    Rows of other lengths are sorted and padded at the end, where a causal mask hides it.
+    """
     clock = Clock(model.device)
-    num_rows = len(run) // _BARE_LENGTH
-    rows = torch.tensor(run[: num_rows * _BARE_LENGTH]).view(num_rows, _BARE_LENGTH)
+    ordered = [torch.tensor(row) for row in sorted(rows, key=len)]
     start = clock()
-    for batch in torch.split(rows, batch_size):
-        input_ids = batch.to(model.device)
+    for at in range(0, len(ordered), batch_size):
+        input_ids = pad_sequence(ordered[at : at + batch_size], batch_first=True).to(model.device)
         model.backbone(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
-    return _Pass(rows.numel(), clock() - start)
+    return _Pass(sum(map(len, rows)), clock() - start)
 
 
 def _encode(model: Model, passages: Sequence[Sequence[int]], *, behind: Sequence[int] = ()) -> _Pass:
