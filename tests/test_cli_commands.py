@@ -127,6 +127,18 @@ def test_documents_become_an_index_that_answers(corpus, tmp_path, models):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_the_job_keeps_in_memory_nothing_of_what_it_writes(corpus, tmp_path, models, monkeypatch):
+    held, close = [], BlockCache.close
+
+    def look(cache):
+        held.append((len(cache.store.memory), len(cache.store.disk)))
+        close(cache)
+
+    monkeypatch.setattr(BlockCache, "close", look)
+    index(corpus, tmp_path / "kv", *models)
+    assert held == [(0, 3)]
+
+
 def test_an_index_of_a_vector_store_is_left_to_the_store(corpus, filled_by_a_store, embedder_path):
     for options in ((), ("--embedder", embedder_path)):
         error = error_of("index-and-prefill", corpus, "--out", filled_by_a_store, *options)

@@ -204,6 +204,10 @@ class _Options:
             codec=self.codec,
             blocks_see=self.blocks_see,
             disk_budget_bytes=disk_budget_bytes,
+            # Nobody asks this process a question: what is written has no use in its memory.
+            memory_budget_bytes=0,
+            device_budget_bytes=0,
+            context_budget_bytes=0,
         )
         with cache:
             retriever = Retriever(
