@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rag_blockcache import bfloat16_attention
+
 NAME = "rag_blockcache"
 _CHUNK = 256  # queries; see ``_masked_attention``
 _PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"}
@@ -76,7 +78,9 @@ def grouped_attention(
         if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
             return _attention_of_one(query, key, value, attention_mask, options.get("scaling")), None
         if attention_mask is not None:
-            return _masked_attention(query, key, value, attention_mask, options.get("scaling")), None
+            is_taken = bfloat16_attention.takes(query, key, attention_mask)
+            attend = bfloat16_attention.attend if is_taken else _masked_attention
+            return attend(query, key, value, attention_mask, options.get("scaling")), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -116,7 +120,7 @@ def _masked_attention(
     parts = []
     for first in range(0, num_queries, chunk):
         queries = slice(first, first + chunk)
-        slots = _seen(mask[:, :, queries]) if is_cut else slice(0, key.shape[2])
+        slots = bfloat16_attention.run_of_seen(mask[:, :, queries]) if is_cut else slice(0, key.shape[2])
         part = torch.nn.functional.scaled_dot_product_attention(
             query[:, :, queries],
             key[:, :, slots],
@@ -127,9 +131,3 @@ def _masked_attention(
         )
         parts.append(part.transpose(1, 2))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
-
-
-def _seen(mask: Tensor) -> slice:
-    """Return the run of slots outside of which a boolean mask hides everything."""
-    seen = mask.flatten(0, 2).any(dim=0).nonzero()
-    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)
