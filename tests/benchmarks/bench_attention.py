@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_attention.py --out docs/benchmarks/attention.json
 
 What: one layer's attention in bfloat16, in the shape of SmolLM2-135M, over keys and values that lie in a
-larger buffer, as those of a context do. Twelve layers' worth of them are gone through in turn, so that none is in
+larger buffer, as those of a context do. Twelve layers of them are gone through in turn, so that none is in
 the caches of the cores from the time before. Both ways take turns; ratios are within a round. The distance is
 to attention in float64 over the same numbers.
 
