@@ -22,7 +22,7 @@ _scratch = threading.local()
 @functools.cache
 def is_fast_here() -> bool:
     """Tell whether this CPU multiplies bfloat16 itself; with tiles (AMX) torch's own kernel does so too."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # none before torch 2.11
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones have none
     return bool(found.get("avx512_bf16")) and not found.get("amx_bf16")
 
 
