@@ -15,6 +15,9 @@ from torch import Tensor
 
 _MOST_PRODUCTS = 2**21  # in one matrix: 4 MiB, which stay near the cores
 _LEAST_PRODUCTS = 2**17  # below it, the calls take longer than the fused kernel
+_LEAST_SLOTS = (
+    1024  # likewise; and many small products wait for one another where other programs want the cores
+)
 
 _scratch = threading.local()
 
@@ -28,7 +31,8 @@ def is_fast_here() -> bool:
 
 def takes(query: Tensor, key: Tensor, mask: Tensor) -> bool:
     """Tell whether ``attend`` is the way for a pass: in bfloat16, not a small one, and not to be trained."""
-    is_large = query.shape[1] // key.shape[1] * query.shape[2] * key.shape[2] >= _LEAST_PRODUCTS
+    num_rows, num_slots = query.shape[1] // key.shape[1] * query.shape[2], key.shape[2]
+    is_large = num_rows * num_slots >= _LEAST_PRODUCTS and num_slots >= _LEAST_SLOTS
     is_plain = mask.dtype == torch.bool and not torch.is_grad_enabled()
     return is_large and is_plain and query.dtype == torch.bfloat16 and is_fast_here()
 

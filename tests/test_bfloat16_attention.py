@@ -18,6 +18,7 @@ NUM_SLOTS = 300
 def _on_such_a_cpu(monkeypatch):
     monkeypatch.setattr(bfloat16_attention, "is_fast_here", lambda: True)
     monkeypatch.setattr(bfloat16_attention, "_LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(bfloat16_attention, "_LEAST_SLOTS", 1)
 
 
 class Layer(torch.nn.Module):
@@ -119,9 +120,12 @@ def test_what_it_does_not_take_is_left_to_the_fused_kernel(monkeypatch):
         assert bfloat16_attention.takes(query, key, mask)
         assert not bfloat16_attention.takes(query.float(), key.float(), mask)
         assert not bfloat16_attention.takes(query, key, mask.to(torch.bfloat16))
-        monkeypatch.setattr(bfloat16_attention, "_LEAST_PRODUCTS", 3 * 9 * NUM_SLOTS + 1)
-        assert not bfloat16_attention.takes(query, key, mask)
-        monkeypatch.undo()
+        for name, least in (("_LEAST_PRODUCTS", 3 * 9 * NUM_SLOTS), ("_LEAST_SLOTS", NUM_SLOTS)):
+            with monkeypatch.context() as patch:
+                patch.setattr(bfloat16_attention, name, least)
+                assert bfloat16_attention.takes(query, key, mask)
+                patch.setattr(bfloat16_attention, name, least + 1)
+                assert not bfloat16_attention.takes(query, key, mask)
         monkeypatch.setattr(bfloat16_attention, "is_fast_here", lambda: False)
         assert not bfloat16_attention.takes(query, key, mask)
     assert not bfloat16_attention.takes(query, key, mask), "what is trained needs gradients"
