@@ -72,7 +72,7 @@ def grouped_attention(
     is_plain = all(
         name in _PLAIN or not value for name, value in options.items() if not isinstance(value, Tensor)
     )
-    # On a GPU most kernels take no groups beside a mask, and one that makes all products would be left.
+    # On a GPU the kernels that are fast take no groups beside a mask; transformers copies there.
     is_grouped = query.shape[1] > key.shape[1] and query.device.type == "cpu"
     if is_grouped and is_plain and not options.get("dropout"):
         if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):

@@ -15,9 +15,8 @@ from torch import Tensor
 
 _MOST_PRODUCTS = 2**21  # in one matrix: 4 MiB, which stay near the cores
 _LEAST_PRODUCTS = 2**17  # below it, the calls take longer than the fused kernel
-_LEAST_SLOTS = (
-    1024  # likewise; and many small products wait for one another where other programs want the cores
-)
+# Likewise; and many small products wait for one another where other programs want the cores.
+_LEAST_SLOTS = 1024
 
 _scratch = threading.local()
 

@@ -1,6 +1,6 @@
 """Attention of a final block, and of repaired tokens, over a long context: the fused kernel and products.
 
-    python tests/benchmarks/bench_attention.py --out docs/benchmarks/attention.json
+    python tests/benchmarks/bench_attention.py
 
 What: one layer's attention in bfloat16, in the shape of SmolLM2-135M, over keys and values that lie in a
 larger buffer, as those of a context do. Twelve layers of them are gone through in turn, so that none is in
@@ -16,7 +16,6 @@ import json
 import statistics
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from language_reference import smollm2_path
@@ -92,7 +91,6 @@ def measure(num_queries: int, num_slots: int, is_spread: bool, repeats: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure two ways to attend over a long context.")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     result = {
         "command": f"python tests/benchmarks/bench_attention.py --repeats {options.repeats}",
@@ -100,7 +98,7 @@ def main() -> None:
         "columns": COLUMNS,
         "rows": [measure(*shape, options.repeats) for shape in SHAPES],
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

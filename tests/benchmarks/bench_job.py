@@ -1,6 +1,6 @@
 """How the time and the memory of the indexing job grow with the corpus.
 
-    python tests/benchmarks/bench_job.py --out docs/benchmarks/job.json
+    python tests/benchmarks/bench_job.py
 
 What: passages of 110 words of the Python language reference are indexed by ``rag-blockcache
 index-and-prefill``, each time in a process and a folder of its own: a corpus, and one eight times as large.
@@ -63,7 +63,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how the job grows with the corpus.")
     parser.add_argument("--passages", type=int, default=70, help="of the smaller corpus")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     words = reference_text().split()
     cut = [" ".join(words[at : at + WORDS]) for at in range(0, len(words) - WORDS, WORDS)]
@@ -98,7 +97,7 @@ def main() -> None:
         "columns": COLUMNS,
         "rows": rows,
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
