@@ -223,8 +223,13 @@ def _quantize_int4(states: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scales(steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return steps as scales to divide by: 1 where there is no step, and the only code is 0."""
+    """Return steps as scales to divide by, none of them smaller: what lies farthest out would be cut off.
+
+    Where there is no step, and the only code is 0, it is 1.
+    """
     scales = steps.to(dtype)
+    above = torch.nextafter(scales, torch.full_like(scales, float("inf")))
+    scales = torch.where(scales.float() < steps, above, scales)
     return scales.masked_fill_(scales == 0, 1)
 
 
