@@ -83,9 +83,10 @@ class Context(Cache):
         self._runs, memory = _allocate(model, len(lengths), self.length + room)
         weakref.finalize(self, model.buffers.give, memory)
         for run in self._runs:
-            for row, start in enumerate(self.starts):  # hidden by masks, but no mask hides a NaN
-                run.keys[:, row, :, :start] = 0
-                run.values[:, row, :, :start] = 0
+            for row, start in enumerate(self.starts):
+                if start:  # hidden by masks, but no mask hides a NaN
+                    run.keys[:, row, :, :start] = 0
+                    run.values[:, row, :, :start] = 0
         self._context_layers = [
             _ContextLayer(self._cursor, run.keys[i], run.values[i])
             for run in self._runs

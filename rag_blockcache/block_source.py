@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Literal, get_args
 
 from rag_blockcache.conditioning import BlocksSee
@@ -72,8 +73,7 @@ class BlockSource:
         return self._named(preamble, regime)
 
     def _named(self, token_ids: Sequence[int], regime: str, seen: Sequence[int] = ()) -> Block:
-        named = f"{self.fingerprint}/{regime}"
-        return Block(tuple(token_ids), block_id(token_ids, fingerprint=named, conditioned_on=seen))
+        return _named(tuple(token_ids), f"{self.fingerprint}/{regime}", tuple(seen))
 
     def seen_by(
         self, token_ids: Sequence[int], *, preamble: Sequence[int], regime: str = ""
@@ -188,3 +188,8 @@ class BlockSource:
             self.store.put_many(states, cost_seconds=seconds)
         except OutOfSpaceError as error:
             logger.warning("answering goes on, but %d blocks were not stored: %s", len(states), error)
+
+
+@lru_cache(maxsize=4096)  # a passage that is popular stands in one prompt after another
+def _named(token_ids: tuple[int, ...], fingerprint: str, seen: tuple[int, ...]) -> Block:
+    return Block(token_ids, block_id(token_ids, fingerprint=fingerprint, conditioned_on=seen))

@@ -159,6 +159,11 @@ class KVStates(BlockStates):
         return tuple(self.keys.shape)
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens in the run."""
+        return self.keys.shape[2]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Data type of keys and values."""
         return self.keys.dtype

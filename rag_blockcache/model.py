@@ -17,6 +17,7 @@ from rag_blockcache import attention as grouped_attention
 from rag_blockcache.kv_states import Buffers
 from rag_blockcache.layers import Layer, Rotary, find_layers
 from rag_blockcache.rotary import Angles
+from rag_blockcache.sdpa_backends import without_cudnn
 from rag_blockcache.training_record import TrainingRecord
 
 # Of KV states and of the names of blocks: an index of another one is refused, not missed block by block.
@@ -194,8 +195,8 @@ class Model:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Hold the lock, switch dropout off, and use our attention on a CPU, inside this block only."""
-        with self.lock:
+        """Hold the lock, switch dropout off, and choose how attention is computed, inside this block only."""
+        with self.lock, without_cudnn() if self.device.type == "cuda" else contextlib.nullcontext():
             training = [m for m in self.network.modules() if m.training] if self.network.training else []
             attention = self.config._attn_implementation
             for module in training:

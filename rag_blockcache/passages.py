@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -89,20 +89,18 @@ def block_id(token_ids: Sequence[int], *, fingerprint: str, conditioned_on: Sequ
         32 hexadecimal digits of BLAKE2b. Two blocks with one name are the same.
     """
     # Hundreds of names stand before a first token; tokens as text would take longer than all else at 32K.
-    head = f"[{_quoted(fingerprint)}, {len(conditioned_on)}, {len(token_ids)}]".encode()
-    seen = _packed(tuple(conditioned_on))  # the same for most blocks
-    own = struct.pack(f"<{len(token_ids)}q", *token_ids)
-    return hashlib.blake2b(b"".join((head, seen, own)), digest_size=16).hexdigest()
+    head, pack = _head(fingerprint, tuple(conditioned_on), len(token_ids))
+    return hashlib.blake2b(head + pack(*token_ids), digest_size=16).hexdigest()
 
 
-@lru_cache(maxsize=16)
-def _packed(token_ids: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<{len(token_ids)}q", *token_ids)
-
-
-@lru_cache(maxsize=64)
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+@lru_cache(maxsize=4096)
+def _head(
+    fingerprint: str, conditioned_on: tuple[int, ...], num_tokens: int
+) -> tuple[bytes, Callable[..., bytes]]:
+    """Return what stands before the tokens of a block, and what packs them."""
+    sizes = f"[{json.dumps(fingerprint)}, {len(conditioned_on)}, {num_tokens}]".encode()
+    seen = struct.pack(f"<{len(conditioned_on)}q", *conditioned_on)
+    return sizes + seen, struct.Struct(f"<{num_tokens}q").pack
 
 
 def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:

@@ -87,13 +87,10 @@ def place_blocks(
     """
     if not keys.is_cuda or keys.dtype not in DTYPES or not has_kernels():
         return False
-    from rag_blockcache.gpu.placing import can_place, place
+    from rag_blockcache.gpu.placing import place
 
-    if not can_place(moved, keys.dtype):
-        return False
     with torch.cuda.device(keys.device):
-        place(moved, keys, values, angles, interleaved=interleaved)
-    return True
+        return place(moved, keys, values, angles, interleaved=interleaved)
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def write_states(keys: Tensor, values: Tensor, at: Slots, layer: int) -> None:
         layer,
         num_queries,
         head_dim=head_dim,
-        block_dim=_power_of_two(head_dim),
+        block_dim=power_of_two(head_dim),
     )
 
 
@@ -79,9 +79,9 @@ def attend(query: Tensor, at: Slots, layer: int, *, num_kv_heads: int, scaling: 
     _, num_heads, num_queries, head_dim = query.shape
     query = _with_whole_rows(query)
     group = num_heads // num_kv_heads
-    tiles = _tiles(group * num_queries, head_dim, query.dtype, _shared_bytes(query.device))
+    tiles = _tiles(group * num_queries, head_dim, query.dtype, shared_bytes(query.device))
     num_row_blocks = -(-group * num_queries // tiles.rows)
-    num_splits = max(1, 2 * _num_processors(query.device) // (num_row_blocks * num_kv_heads))
+    num_splits = max(1, 2 * num_processors(query.device) // (num_row_blocks * num_kv_heads))
     shape = (num_queries, num_heads, num_splits)
     outputs = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)
     sums = torch.empty((*shape, 2), dtype=torch.float32, device=query.device)
@@ -98,7 +98,7 @@ def attend(query: Tensor, at: Slots, layer: int, *, num_kv_heads: int, scaling: 
         num_queries,
         group=group,
         head_dim=head_dim,
-        block_dim=_power_of_two(head_dim),
+        block_dim=power_of_two(head_dim),
         block_rows=tiles.rows,
         block_slots=tiles.slots,
         precision="ieee",  # matters to float32 alone, which is asked for where digits count
@@ -111,9 +111,10 @@ def attend(query: Tensor, at: Slots, layer: int, *, num_kv_heads: int, scaling: 
         sums,
         output,
         num_splits=num_splits,
-        block_splits=_power_of_two(num_splits),
+        block_splits=power_of_two(num_splits),
         head_dim=head_dim,
-        block_dim=_power_of_two(head_dim),
+        block_dim=power_of_two(head_dim),
+        num_warps=1,  # a row is little work, and there are thousands
     )
     return output
 
@@ -136,7 +137,7 @@ def _tiles(num_rows: int, head_dim: int, dtype: torch.dtype, shared_bytes: int) 
     """
     if dtype == torch.float32:  # no tensor cores: small tiles, or registers spill
         return _Tiles(rows=16, slots=16, warps=4, stages=2)
-    width = _power_of_two(head_dim)
+    width = power_of_two(head_dim)
     is_small = width > 128 or (width == 128 and shared_bytes < _LARGE_SHARED_BYTES)
     slots, stages = (32, 2) if is_small else (64, 3)
     if num_rows <= 32:
@@ -150,12 +151,13 @@ def _with_whole_rows(states: Tensor) -> Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Return the least power of two that holds a number, and that a product of matrices can be made of."""
     return max(16, 1 << (number - 1).bit_length())
 
 
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
+def shared_bytes(device: torch.device) -> int:
     """Return how much shared memory one program may have."""
     if device.type != "cuda":
         return 0
@@ -163,7 +165,8 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
+    """Return how many programs run at once, at least."""
     if device.type != "cuda":
         return _PROCESSORS_ELSEWHERE
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

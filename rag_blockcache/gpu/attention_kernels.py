@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 
 @triton.jit
-def _states_of(table, layer, kv_head, which: tl.constexpr, dtype: tl.constexpr):
+def states_of(table, layer, kv_head, which: tl.constexpr, dtype: tl.constexpr):
     """Return the address of the first slot of a head: of its keys (0) or values (1)."""
     base = tl.load(table + 1 + 2 * layer + which).to(tl.pointer_type(dtype))
     # A loaded address is not known to be aligned, and unaligned loads are narrow ones.
@@ -45,8 +45,8 @@ def write_kernel(
         dtype: tl.constexpr = keys.dtype.element_ty
         key = tl.load(keys + kv_head * key_head_stride + token * key_token_stride + dims, mask=inside)
         value = tl.load(values + kv_head * value_head_stride + token * value_token_stride + dims, mask=inside)
-        tl.store(_states_of(table, layer, kv_head, 0, dtype) + slot * head_dim + dims, key, mask=inside)
-        tl.store(_states_of(table, layer, kv_head, 1, dtype) + slot * head_dim + dims, value, mask=inside)
+        tl.store(states_of(table, layer, kv_head, 0, dtype) + slot * head_dim + dims, key, mask=inside)
+        tl.store(states_of(table, layer, kv_head, 1, dtype) + slot * head_dim + dims, value, mask=inside)
 
 
 @triton.jit
@@ -131,8 +131,8 @@ def attend_kernel(
     whole = tl.maximum(tl.minimum(stop, lowest) - start, 0) // block_slots * block_slots
 
     dtype: tl.constexpr = query.dtype.element_ty
-    keys = _states_of(table, layer, kv_head, 0, dtype)
-    values = _states_of(table, layer, kv_head, 1, dtype)
+    keys = states_of(table, layer, kv_head, 0, dtype)
+    values = states_of(table, layer, kv_head, 1, dtype)
     total = tl.zeros([block_rows], dtype=tl.float32)
     highest = tl.full([block_rows], float("-inf"), dtype=tl.float32)
     output = tl.zeros([block_rows, block_dim], dtype=tl.float32)

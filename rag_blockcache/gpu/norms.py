@@ -22,10 +22,14 @@ class FusedNorms:
 
     Args:
         network: The network.
+
+    Attributes:
+        eps: What is added to the mean square, by module.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.found = [(module, _Fused(module, eps)) for module, eps in _norms_of(network)]
+        self.eps = dict(_norms_of(network))
+        self.found = [(module, _Fused(module, eps)) for module, eps in self.eps.items()]
 
     @contextmanager
     def used(self) -> Iterator[None]:

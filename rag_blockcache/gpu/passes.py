@@ -11,9 +11,10 @@ import logging
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from rag_blockcache import attention as grouped_attention
 from rag_blockcache.gpu import DTYPES, LayeredStates
 from rag_blockcache.gpu.attention import Slots, attend, write_states
+from rag_blockcache.gpu.fused_layers import MAX_TOKENS, FusedLayers, fused_layers_of
 from rag_blockcache.gpu.network_state import NetworkState
 from rag_blockcache.gpu.norms import FusedNorms
 from rag_blockcache.model import Model
@@ -59,6 +61,7 @@ class Passes:
         self._num_seen: Counter[int] = Counter()
         self._state: NetworkState | None = None
         self._norms: FusedNorms | None = None
+        self._layers: FusedLayers | None = None
         self._done: torch.cuda.Event | None = None
 
     def run(
@@ -100,7 +103,7 @@ class Passes:
         self._num_seen[size] += 1
         if self._num_seen[size] <= _SEEN_ONCE:
             return _forward(model, inputs, num_logits)
-        logits, self._graphs[size] = _captured(model, inputs)
+        logits, self._graphs[size] = _captured(model, inputs, self._layers)
         return logits
 
     def _norms_of(self, model: Model) -> FusedNorms:
@@ -109,6 +112,9 @@ class Passes:
             self._graphs.clear()
             self._num_seen.clear()
             self._state, self._norms = NetworkState(model.network), FusedNorms(model.network)
+            self._layers = fused_layers_of(
+                model.network, self._norms.eps, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim
+            )
         return self._norms
 
     def _can_capture(self) -> bool:
@@ -195,7 +201,7 @@ class _Graph:
         return self._logits.clone()
 
 
-def _captured(model: Model, inputs: _Inputs) -> tuple[Tensor, _Graph]:
+def _captured(model: Model, inputs: _Inputs, layers: FusedLayers | None) -> tuple[Tensor, _Graph]:
     """Run a pass once more as it is, which allocates what libraries allocate once; then capture it.
 
     Returns:
@@ -204,20 +210,55 @@ def _captured(model: Model, inputs: _Inputs) -> tuple[Tensor, _Graph]:
     stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(model.device))
     with torch.cuda.stream(stream):
-        logits = _forward(model, inputs, 1)
+        logits, forward = _best_way(model, inputs, layers)
     torch.cuda.current_stream(model.device).wait_stream(stream)
     logits = logits.clone()
     graph = torch.cuda.CUDAGraph()
     # Other threads may go on using the device meanwhile.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        captured = _forward(model, inputs, 1)
+        captured = forward()
     return logits, _Graph(inputs, graph, captured)
 
 
-def _forward(model: Model, inputs: _Inputs, num_logits: int) -> Tensor:
-    cache = _SlotCache(inputs.at, inputs.mask)
-    token = _current.set(cache)
+def _best_way(
+    model: Model, inputs: _Inputs, layers: FusedLayers | None
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Run a pass, and tell how to run it again: by fused layers, if they agree with the network."""
+    ordinary = partial(_forward, model, inputs, 1)
+    if layers is None or inputs.token_ids.shape[1] > MAX_TOKENS:
+        return ordinary(), ordinary
     try:
+        agree = layers.agrees(
+            ordinary, partial(_run_layer, inputs), inputs.token_ids, inputs.positions, inputs.at
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a layer that takes something else
+        logger.debug("the layers of this model stay as they are: %s", error)
+        agree = False
+    fused = partial(layers.forward, inputs.token_ids, inputs.positions, inputs.at)
+    forward = fused if agree else ordinary
+    return forward(), forward  # writes what the layers were tried on once more
+
+
+def _run_layer(
+    inputs: _Inputs, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Run one layer of the network, as the network does."""
+    with _slots_of(inputs) as cache:
+        output = layer(
+            hidden,
+            attention_mask=inputs.mask,
+            position_ids=inputs.positions,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=position_embeddings,
+        )
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _forward(model: Model, inputs: _Inputs, num_logits: int) -> Tensor:
+    with _slots_of(inputs) as cache:
         output = model.network(
             input_ids=inputs.token_ids,
             position_ids=inputs.positions,
@@ -226,9 +267,18 @@ def _forward(model: Model, inputs: _Inputs, num_logits: int) -> Tensor:
             use_cache=True,
             logits_to_keep=num_logits,
         )
+    return output.logits[:, -num_logits:]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _slots_of(inputs: _Inputs) -> Iterator[_SlotCache]:
+    """Have attention find the slots of a pass, in this thread."""
+    cache = _SlotCache(inputs.at, inputs.mask)
+    token = _current.set(cache)
+    try:
+        yield cache
     finally:
         _current.reset(token)
-    return output.logits[:, -num_logits:]  # type: ignore[no-any-return]
 
 
 class _SlotCache(Cache):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,42 +26,73 @@ _NARROW = {"value_scales", "value_offsets"}  # the rows of all other tensors are
 _TOKENS = 32  # of a program
 
 
-def can_place(moved: Sequence[Moved], dtype: torch.dtype) -> bool:
-    """Return whether the kernel knows how all blocks are kept."""
-    return all(type(each.states) in _FORMS and each.states.dtype == dtype for each in moved)
+@dataclass(frozen=True)
+class _Description:
+    """What is known of a block that is on the device, wherever it goes.
+
+    Attributes:
+        form: How it is kept.
+        dtype: Of what it stands for.
+        device: Where it is.
+        words: What ``placing_kernels`` reads of it.
+    """
+
+    form: type[BlockStates]
+    dtype: torch.dtype
+    device: torch.device
+    words: tuple[int, ...]
 
 
 def place(
     moved: Sequence[Moved], keys: Tensor, values: Tensor, angles: Angles | None, *, interleaved: bool
-) -> None:
+) -> bool:
     """Write blocks into one row of a context; see ``gpu.place_blocks``."""
-    for form in _FORMS:
-        first, same = form.names()[0], [each for each in moved if type(each.states) is form]
-        here = [each for each in same if getattr(each.states, first).device == keys.device]
-        if here:
-            _launch(here, keys, values, angles, interleaved)
-        if len(here) < len(same):
-            there = [each for each in same if getattr(each.states, first).device != keys.device]
-            with staging_of(keys.device).brought(there) as groups:
-                for group in groups:
-                    _launch(group, keys, values, angles, interleaved)
+    here: dict[type[BlockStates], list[tuple[Moved, _Description]]] = {}
+    there: dict[type[BlockStates], list[Moved]] = {}
+    copies: list[Tensor] = []  # to be read by a launch that is still to come
+    for each in moved:  # hundreds, while the GPU waits
+        known = _described.get(each.states)
+        if known is None:
+            form = type(each.states)
+            if form not in _FORMS or each.states.dtype != keys.dtype:
+                return False
+            if each.states.device != keys.device:
+                there.setdefault(form, []).append(each)
+                continue
+            known = _describe(each.states, copies)
+        elif known.dtype != keys.dtype or known.device != keys.device:
+            return False
+        here.setdefault(known.form, []).append((each, known))
+    for described in here.values():
+        _launch(described, keys, values, angles, interleaved)
+    for waiting in there.values():
+        with staging_of(keys.device).brought(waiting) as groups:
+            for group in groups:
+                described = [(each, _describe(each.states, copies, keep=False)) for each in group]
+                _launch(described, keys, values, angles, interleaved)
+    return True
 
 
 def _launch(
-    moved: Sequence[Moved], keys: Tensor, values: Tensor, angles: Angles | None, interleaved: bool
+    described: Sequence[tuple[Moved, _Description]],
+    keys: Tensor,
+    values: Tensor,
+    angles: Angles | None,
+    interleaved: bool,
 ) -> None:
     """Place blocks of one form that are on the device, all at once."""
     num_layers, num_kv_heads, _, head_dim = keys.shape
-    form = type(moved[0].states)
-    copies: list[Tensor] = []  # to be read by a launch that is still to come
-    rows = _table(moved, copies)
+    form = described[0][1].form
+    rows = np.array([known.words for _, known in described], np.int64)
+    rows[:, 1] = [each.slot for each, _ in described]
+    rows[:, 2] = [each.position for each, _ in described]
     words = torch.from_numpy(rows)
     if keys.is_cuda:
         words = words.pin_memory().to(keys.device, non_blocking=True)
     num_pairs = 0 if angles is None else angles.cos.shape[-1]
     nothing = torch.empty(0, dtype=torch.float32, device=keys.device)
     cos, sin = (nothing, nothing) if angles is None else (angles.cos.contiguous(), angles.sin.contiguous())
-    place_kernel[(-(-int(rows[:, 0].max()) // _TOKENS), len(moved), num_layers)](
+    place_kernel[(-(-int(rows[:, 0].max()) // _TOKENS), len(described), num_layers)](
         words,
         keys,
         values,
@@ -73,7 +105,7 @@ def _launch(
         num_heads=num_kv_heads,
         head_dim=head_dim,
         block_dim=_power_of_two(head_dim),
-        num_value_groups=_num_value_groups(moved[0].states),
+        num_value_groups=_num_value_groups(described[0][0].states),
         num_pairs=num_pairs,
         block_pairs=_power_of_two(max(num_pairs, 1)),
         is_interleaved=interleaved,
@@ -83,40 +115,32 @@ def _launch(
     )
 
 
-# What ``placing_kernels`` reads of a block wherever it goes. Stored blocks come again and again, and there
-# are hundreds of them while the GPU waits.
-_described: weakref.WeakKeyDictionary[BlockStates, tuple[int, ...]] = weakref.WeakKeyDictionary()
+# Stored blocks come again and again.
+_described: weakref.WeakKeyDictionary[BlockStates, _Description] = weakref.WeakKeyDictionary()
 
 
-def _table(moved: Sequence[Moved], copies: list[Tensor]) -> NDArray[np.int64]:
-    """Describe blocks of one form as ``placing_kernels`` reads them, a row each.
+def _describe(states: BlockStates, copies: list[Tensor], *, keep: bool = True) -> _Description:
+    """Describe a block on the device.
 
     Args:
-        moved: The blocks.
+        states: The block.
         copies: Takes what had to be copied for it.
+        keep: Whether the block will come again.
     """
-    rows = np.array(
-        [_described.get(each.states) or _describe(each.states, copies) for each in moved], np.int64
-    )
-    rows[:, 1] = [each.slot for each in moved]
-    rows[:, 2] = [each.position for each in moved]
-    return rows
-
-
-def _describe(states: BlockStates, copies: list[Tensor]) -> tuple[int, ...]:
     tensors, are_whole = states.tensors(), True
     num_groups = tensors["key_scales"].shape[2] if "key_scales" in tensors else 0
-    row = [states.num_tokens, 0, 0, num_groups]
+    words = [states.num_tokens, 0, 0, num_groups]
     for tensor in tensors.values():
         layer_stride, head_stride, *within = tensor.stride()
         if within != [tensor.shape[3], 1]:  # the kernel expects whole rows, one behind the other
             tensor, are_whole = tensor.contiguous(), False
             copies.append(tensor)
             layer_stride, head_stride = tensor.stride()[:2]
-        row += (tensor.data_ptr(), layer_stride, head_stride)
-    if are_whole:
-        _described[states] = tuple(row)
-    return tuple(row)
+        words += (tensor.data_ptr(), layer_stride, head_stride)
+    found = _Description(type(states), states.dtype, states.device, tuple(words))
+    if keep and are_whole:
+        _described[states] = found
+    return found
 
 
 def _is_aligned(rows: NDArray[np.int64], names: Sequence[str]) -> bool:

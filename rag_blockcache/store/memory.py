@@ -97,10 +97,15 @@ class MemoryStore(BlockStore):
     def get_many(self, block_ids: Iterable[str]) -> dict[str, BlockStates]:
         """Return those of the blocks that are held, in the order asked for."""
         found = {}
-        for block_id in dict.fromkeys(block_ids):
-            states = self.get(block_id)
-            if states is not None:
-                found[block_id] = states
+        with self._lock:
+            for block_id in dict.fromkeys(block_ids):
+                entry = self._entries.get(block_id)
+                if entry is None:
+                    self._num_misses += 1
+                    continue
+                self._num_hits += 1
+                self._count_use(entry)
+                found[block_id] = entry.states
         return found
 
     def count_uses(self, block_ids: Iterable[str]) -> None:
