@@ -765,6 +765,27 @@ def test_a_layer_that_consists_of_something_else_is_left_alone(device, change, t
     assert ways_through(network, device, torch.float32, tiny_tokenizer)[3] is None
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_that_are_tried_out_are_whole_to_other_threads(device, tiny_tokenizer):
+    network = model_on(device, torch.float32)
+    _, _, _, layers = ways_through(network, device, torch.float32, tiny_tokenizer)
+    tokens = torch.arange(9, device=device)[None]
+
+    @torch.inference_mode()
+    def logits():
+        return network(tokens).logits
+
+    expected, elsewhere = logits(), []
+    with layers._skipped([]):
+        thread = threading.Thread(target=lambda: elsewhere.append(logits()))
+        thread.start()
+        thread.join()
+        here = logits()
+    assert torch.equal(elsewhere[0], expected)
+    assert not torch.allclose(here, expected)
+    assert torch.equal(logits(), expected)
+
+
 class Centred(nn.Module):
     """What looks like an RMS norm and is none."""
 

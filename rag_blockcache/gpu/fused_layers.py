@@ -9,10 +9,13 @@ numbers are the same but for rounding.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +102,8 @@ class FusedLayers:
         if (found - expected).norm() > limit * expected.norm():
             logger.debug("what stands around the layers is not as Llama's is")
             return False
-        if not all(torch.equal(one[0], other) for one, other in zip(shown, cycle((embedded, cos, sin)))):
+        alike = [torch.equal(one[0], other) for one, other in zip(shown, cycle((embedded, cos, sin)))]
+        if not all(alike) or len(alike) != 3 * len(self._layers):
             return False
         generator = torch.Generator(weight.device).manual_seed(0)
         noise = torch.randn(embedded.shape, generator=generator, device=weight.device, dtype=torch.float32)
@@ -116,17 +120,22 @@ class FusedLayers:
 
     @contextmanager
     def _skipped(self, shown: list[Tensor]) -> Iterator[None]:
-        """Let layers give what they are given, inside this block only; note it, and cosines and sines."""
+        """Let layers give what they are given, inside this block and in this thread only.
 
-        def skip(
-            hidden: Tensor, *_: object, position_embeddings: tuple[Tensor, Tensor], **__: object
-        ) -> Tensor:
-            shown.extend((hidden, *position_embeddings))
+        Args:
+            shown: Takes what each layer is given: hidden states, cosines, sines.
+        """
+        thread = threading.get_ident()
+
+        def skip(module: nn.Module, hidden: Tensor, *more: object, **options: Any) -> Tensor:
+            if threading.get_ident() != thread:  # a thread of the user's runs the network itself meanwhile
+                return type(module).forward(module, hidden, *more, **options)  # type: ignore[no-any-return]
+            shown.extend((hidden, *options["position_embeddings"]))
             return hidden
 
         try:
             for layer in self._layers:
-                layer.module.__dict__["forward"] = skip
+                layer.module.__dict__["forward"] = partial(skip, layer.module)
             yield
         finally:
             for layer in self._layers:
