@@ -1,7 +1,7 @@
-"""Decoder layers as Llama has them, in ten kernels each instead of some thirty, for passes over few tokens.
+"""Decoder layers as Llama has them, in nine kernels each instead of some thirty, for passes over few tokens.
 
 A pass over a question reads each weight once. What stands between the products is little work in many
-launches, which together take as long as a third of that reading; here it is done where numbers are loaded or
+launches, which together take long beside that reading; here it is done where numbers are loaded or
 stored anyway. Nothing is taken from names of classes: layers are run both ways, and fused only if their
 numbers are the same but for rounding.
 """
@@ -12,7 +12,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rag_blockcache.gpu.attention import Slots, attend, num_processors, power_of_two, shared_bytes
-from rag_blockcache.gpu.layer_kernels import gated_kernel, linear_kernel, norm_kernel, turn_kernel
+from rag_blockcache.gpu.attention import Slots, attend, power_of_two
+from rag_blockcache.gpu.layer_kernels import norm_kernel, turn_kernel
+from rag_blockcache.gpu.products import gated, linear
 
 logger = logging.getLogger(__name__)
 
@@ -207,11 +207,11 @@ class _Layer:
         """Return the hidden states before the last product of the layer, and its parts, still to be added."""
         hidden, normed = self.input_norm.of_sum(hidden, given)
         query = self._turned(
-            _linear(normed, *(each.weight for each in self._projections)), cos, sin, at, index
+            linear(normed, *(each.weight for each in self._projections)), cos, sin, at, index
         )
         attended = attend(query, at, index, num_kv_heads=self._num_kv_heads, scaling=self._scaling)
-        hidden, normed = self._second_norm.of_sum(hidden, _linear(attended.flatten(2)[0], self._out.weight))
-        return hidden, _linear(_gated(normed, self._gate.weight, self._up.weight), self._down.weight)
+        hidden, normed = self._second_norm.of_sum(hidden, linear(attended.flatten(2)[0], self._out.weight))
+        return hidden, linear(gated(normed, self._gate.weight, self._up.weight), self._down.weight)
 
     def _turned(self, parts: Tensor, cos: Tensor, sin: Tensor, at: Slots, index: int) -> Tensor:
         """Write keys and values; return queries at their positions, ``(1, heads, tokens, head_dim)``."""
@@ -239,113 +239,6 @@ class _Layer:
             num_warps=1,
         )
         return query.transpose(0, 1)[None]
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """How much of a product one program computes at a time, and among how many a sum is split."""
-
-    outputs: int
-    inputs: int
-    splits: int
-    stages: int
-
-
-def _tiles(
-    num_tokens: int,
-    sizes: Sequence[int],
-    num_inputs: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    weights: int,
-) -> _Tiles:
-    """Choose tiles that keep all processors reading.
-
-    Args:
-        num_tokens: Of the pass, filled up.
-        sizes: Outputs of each weight.
-        num_inputs: Summed over.
-        dtype: Of weights.
-        device: Where.
-        weights: How many a program reads at once.
-    """
-    inputs = 32 if dtype == torch.float32 else 128 // weights
-    inputs = min(inputs, max(16, power_of_two(num_inputs) // 2))
-    outputs = next(size for size in (64, 32, 16) if not any(each % size for each in sizes))
-    programs, processors = sum(sizes) // outputs, num_processors(device)
-    splits = 1
-    while (
-        weights == 1
-        and splits < 8
-        and programs * splits < 0.9 * processors
-        and num_inputs >= 4 * splits * inputs
-    ):
-        splits *= 2
-    each = (num_tokens + weights * outputs) * inputs * dtype.itemsize
-    at_once = 1 if programs * splits <= processors else 2  # programs of a processor
-    stages = shared_bytes(device) // at_once // each
-    return _Tiles(outputs, inputs, splits, max(2, min(stages - (stages > 3), 5)))
-
-
-def _linear(states: Tensor, *weights: Tensor) -> Tensor:
-    """Multiply ``(num_tokens, num_inputs)`` with weights whose outputs stand behind one another.
-
-    Returns:
-        Parts to be summed, ``(num_splits, num_tokens, num_outputs)``, float32.
-    """
-    num_tokens, num_inputs = states.shape
-    sizes = [len(weight) for weight in weights]
-    block_tokens = power_of_two(num_tokens)
-    tiles = _tiles(block_tokens, sizes, num_inputs, states.dtype, states.device, weights=1)
-    num_blocks = -(-num_inputs // tiles.inputs)
-    parts = states.new_empty((tiles.splits, num_tokens, sum(sizes)), dtype=torch.float32)
-    linear_kernel[(sum(sizes) // tiles.outputs, tiles.splits)](
-        states,
-        weights[0],
-        weights[min(1, len(weights) - 1)],
-        weights[-1],
-        parts,
-        num_tokens,
-        sizes[0],
-        sum(sizes[:2]),
-        sum(sizes),
-        num_inputs,
-        -(-num_blocks // tiles.splits),
-        block_tokens=block_tokens,
-        block_outputs=tiles.outputs,
-        block_inputs=tiles.inputs,
-        is_whole=num_inputs % tiles.inputs == 0,
-        precision="ieee",
-        num_warps=4,
-        num_stages=tiles.stages,
-    )
-    return parts
-
-
-def _gated(states: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """Return ``silu(states @ gate.T) * (states @ up.T)``, ``(num_tokens, num_outputs)``."""
-    num_tokens, num_inputs = states.shape
-    block_tokens = power_of_two(num_tokens)
-    tiles = _tiles(block_tokens, [len(gate)], num_inputs, states.dtype, states.device, weights=2)
-    output = states.new_empty((num_tokens, len(gate)))
-    gated_kernel[(len(gate) // tiles.outputs,)](
-        states,
-        gate,
-        up,
-        output,
-        num_tokens,
-        len(gate),
-        num_inputs,
-        block_tokens=block_tokens,
-        block_outputs=tiles.outputs,
-        block_inputs=tiles.inputs,
-        is_whole=num_inputs % tiles.inputs == 0,
-        precision="ieee",
-        num_warps=4,
-        num_stages=tiles.stages,
-    )
-    return output
 
 
 def fused_layers_of(

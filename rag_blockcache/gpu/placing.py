@@ -60,15 +60,18 @@ def place(
                 there.setdefault(form, []).append(each)
                 continue
             known = _describe(each.states, copies)
-        elif known.dtype != keys.dtype or known.device != keys.device:
+        elif known.dtype != keys.dtype:
             return False
+        elif known.device != keys.device:
+            there.setdefault(known.form, []).append(each)
+            continue
         here.setdefault(known.form, []).append((each, known))
     for described in here.values():
         _launch(described, keys, values, angles, interleaved)
     for waiting in there.values():
         with staging_of(keys.device).brought(waiting) as groups:
             for group in groups:
-                described = [(each, _describe(each.states, copies, keep=False)) for each in group]
+                described = [(each, _describe(each.states, copies)) for each in group]
                 _launch(described, keys, values, angles, interleaved)
     return True
 
@@ -119,13 +122,12 @@ def _launch(
 _described: weakref.WeakKeyDictionary[BlockStates, _Description] = weakref.WeakKeyDictionary()
 
 
-def _describe(states: BlockStates, copies: list[Tensor], *, keep: bool = True) -> _Description:
+def _describe(states: BlockStates, copies: list[Tensor]) -> _Description:
     """Describe a block on the device.
 
     Args:
         states: The block.
         copies: Takes what had to be copied for it.
-        keep: Whether the block will come again.
     """
     tensors, are_whole = states.tensors(), True
     num_groups = tensors["key_scales"].shape[2] if "key_scales" in tensors else 0
@@ -138,7 +140,7 @@ def _describe(states: BlockStates, copies: list[Tensor], *, keep: bool = True) -
             layer_stride, head_stride = tensor.stride()[:2]
         words += (tensor.data_ptr(), layer_stride, head_stride)
     found = _Description(type(states), states.dtype, states.device, tuple(words))
-    if keep and are_whole:
+    if are_whole:
         _described[states] = found
     return found
 

@@ -66,13 +66,10 @@ class MemoryStore(BlockStore):
 
     def __getitem__(self, block_id: str) -> BlockStates:
         with self._lock:
-            entry = self._entries.get(block_id)
-            if entry is None:
-                self._num_misses += 1
-                raise KeyError(block_id)
-            self._num_hits += 1
-            self._count_use(entry)
-            return entry.states
+            states = self._use(block_id)
+        if states is None:
+            raise KeyError(block_id)
+        return states
 
     def __delitem__(self, block_id: str) -> None:
         with self._lock:
@@ -99,13 +96,9 @@ class MemoryStore(BlockStore):
         found = {}
         with self._lock:
             for block_id in dict.fromkeys(block_ids):
-                entry = self._entries.get(block_id)
-                if entry is None:
-                    self._num_misses += 1
-                    continue
-                self._num_hits += 1
-                self._count_use(entry)
-                found[block_id] = entry.states
+                states = self._use(block_id)
+                if states is not None:
+                    found[block_id] = states
         return found
 
     def count_uses(self, block_ids: Iterable[str]) -> None:
@@ -172,6 +165,16 @@ class MemoryStore(BlockStore):
         self._count_use(entry)
         self._entries[block.block_id] = entry
         self._size_bytes += entry.num_bytes
+
+    def _use(self, block_id: str) -> BlockStates | None:
+        """Return a block that somebody asks for, and count that; the lock is held."""
+        entry = self._entries.get(block_id)
+        if entry is None:
+            self._num_misses += 1
+            return None
+        self._num_hits += 1
+        self._count_use(entry)
+        return entry.states
 
     def _count_use(self, entry: _Entry) -> None:
         entry.num_uses += 1
