@@ -17,21 +17,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rag_blockcache.gpu import Moved, place_blocks
-from rag_blockcache.kv_states import BlockStates
+from rag_blockcache.gpu import place_blocks
+from rag_blockcache.kv_states import Placement
 from rag_blockcache.layers import Layer
 from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles
 
 _CHUNK_BYTES = 2**22  # of float32, see ``_chunks``
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the states of a block go: its first token at ``offset`` in the prompt."""
-
-    states: BlockStates
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -267,20 +259,17 @@ def _place_at_once(
     if not run.keys.is_cuda:
         return False
     rotary, layers = run.layer.rotary, slice(run.start, run.stop)
-    is_all = run.stop - run.start == placements[0].states.shape[0]
-    moved = [
-        Moved(
-            placed.states if is_all else placed.states.mapped(lambda tensor: tensor[layers]),
-            start + placed.offset,
-            placed.offset,
-        )
-        for placed in placements
-    ]
+    if run.stop - run.start != placements[0].states.shape[0]:
+        placements = [
+            Placement(placed.states.mapped(lambda tensor: tensor[layers]), placed.offset)
+            for placed in placements
+        ]
     return place_blocks(
-        moved,
+        placements,
         run.keys[:, row],
         run.values[:, row],
         angles,
+        first_slot=start,
         interleaved=rotary is not None and rotary.interleaved,
     )
 

@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.generator import Computed, prefill
+from rag_blockcache.kv_states import Placement
 from rag_blockcache.model import Model
 
 _SHORT = 8

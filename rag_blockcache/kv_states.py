@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -184,6 +184,13 @@ class KVStates(BlockStates):
     def unpack(self) -> KVStates:
         """Return the states as they are."""
         return self
+
+
+class Placement(NamedTuple):
+    """Where the states of a block go: its first token at ``offset`` in the prompt."""
+
+    states: BlockStates
+    offset: int
 
 
 def place_keys(keys: Tensor, out: Tensor, angles: Angles | None, *, interleaved: bool) -> None:

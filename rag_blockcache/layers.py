@@ -265,7 +265,7 @@ def _one_of_each_pair(table: Tensor) -> Tensor:
     """Drop the copies from a table with an entry a dimension: ``(num_tokens, rotary_dim // 2)``."""
     half = table.shape[-1] // 2
     if torch.equal(table[..., :half], table[..., half:]):
-        return table[..., :half]
+        return table[..., :half].contiguous()
     if torch.equal(table[..., 0::2], table[..., 1::2]):
-        return table[..., 0::2]
+        return table[..., 0::2].contiguous()
     return table

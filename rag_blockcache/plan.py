@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_blockcache.assembler import Placement
 from rag_blockcache.generator import Computed
-from rag_blockcache.kv_states import BlockStates
+from rag_blockcache.kv_states import BlockStates, Placement
 from rag_blockcache.passages import Block
 from rag_blockcache.prompt import Segment
 from rag_blockcache.request import Request
@@ -67,11 +66,12 @@ class Plan:
         """Return where each block goes; none if everything is computed."""
         if self.policy.is_full:
             return []
-        return [
-            Placement(states[self.blocks[index].block_id].prefix(len(span)), span.start)
-            for index, span in self.spans()
-            if index in self.blocks and span.stop > self.num_kept
-        ]
+        found = []
+        for index, span in self.spans():  # hundreds, while a GPU waits
+            block = self.blocks.get(index)
+            if block is not None and span.stop > self.num_kept:
+                found.append(Placement(states[block.block_id].prefix(len(span)), span.start))
+        return found
 
     def origins(self) -> NDArray[np.int64]:
         """Return where keys and values of each slot come from, ``(num_tokens,)``.

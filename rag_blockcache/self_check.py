@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.errors import UnsupportedModelError
 from rag_blockcache.generator import Computed, prefill
+from rag_blockcache.kv_states import Placement
 from rag_blockcache.layers import probe_tokens
 from rag_blockcache.model import Model
 

@@ -9,10 +9,10 @@ import architectures
 import pytest
 import torch
 
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.generator import Computed, prefill
-from rag_blockcache.kv_states import Buffers, KVStates
+from rag_blockcache.kv_states import Buffers, KVStates, Placement
 from rag_blockcache.model import Model
 
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.encoder import _batches, batch_size_tokens, encode_blocks
 from rag_blockcache.generator import Computed, prefill
+from rag_blockcache.kv_states import Placement
 from rag_blockcache.model import Model
 
 

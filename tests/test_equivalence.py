@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rag_blockcache import BlockCache, Passage, block_cache
-from rag_blockcache.assembler import Placement
+from rag_blockcache.kv_states import Placement
 from rag_blockcache.passage_format import PassageFormat
 
 PASSAGES = [

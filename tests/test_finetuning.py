@@ -27,11 +27,19 @@ from rag_blockcache.finetuning.companions import Companions, SharedPassages
 from rag_blockcache.finetuning.examples import QuestionExample, TextExample
 from rag_blockcache.finetuning.held_out import measure
 from rag_blockcache.finetuning.mask import Masks
-from rag_blockcache.finetuning.network import _compile_layers, choose_attention
+from rag_blockcache.finetuning.network import _compile_layers, choose_attention, layers_of
 from rag_blockcache.finetuning.packing import IGNORED, Row, collate, part_of
 from rag_blockcache.finetuning.recipe import Recipe
 from rag_blockcache.finetuning.samples import Sample, SampleMaker
-from rag_blockcache.finetuning.trainer import distance_to, kinds_of, learned_logits, learned_places
+from rag_blockcache.finetuning.trainer import (
+    distance_of_states,
+    distance_to,
+    kinds_of,
+    learned_logits,
+    learned_places,
+    of_branches,
+    recorded_states,
+)
 from rag_blockcache.passage_format import PassageFormat
 from rag_blockcache.passages import Passage
 
@@ -548,6 +556,54 @@ def test_a_base_teacher_in_full_mode_has_nothing_to_teach_at_first(folder, tmp_p
     assert abs(report.history[0]["loss"]) < 1e-5
 
 
+def test_states_have_no_distance_to_themselves_and_that_of_their_mean_is_one():
+    source = torch.Generator().manual_seed(0)
+    told = [torch.randn(200, 6, generator=source) * torch.tensor([1, 1, 1, 1, 1, 300]) for _ in range(3)]
+    assert distance_of_states(told, told) == 0
+    means = [each.mean(0, keepdim=True).expand_as(each) for each in told]
+    assert distance_of_states(told, means).item() == pytest.approx(1, rel=1e-5)
+    off = [each.clone() for each in told]
+    off[1][:, 5] = off[1][:, 5].mean()  # a large dimension in one layer of three weighs what a small one does
+    assert distance_of_states(told, off).item() == pytest.approx(1 / 18, rel=1e-5)
+
+
+def test_matching_states_teaches_blocks_what_full_attention_computes(folder, tmp_path):
+    first = tmp_path / "first"
+    finetune(recipe_in(folder, first, modes="full", steps=3, learning_rate=1e-2))
+    options = {"start_from": str(first), "distill": 1.0, "match_states": 1.0, "teacher": "start"}
+    full = finetune(recipe_in(folder, tmp_path / "full", modes="full", steps=1, **options))
+    assert abs(full.history[0]["loss_states"]) < 1e-8  # they are those of its teacher
+    options |= {"modes": "block", "steps": 12, "rows_per_step": 2, "learning_rate": 1e-3}
+    blocks = finetune(recipe_in(folder, tmp_path / "blocks", **options))
+    distances = [entry["loss_states"] for entry in blocks.history if "loss_states" in entry]
+    assert len(distances) == 12
+    assert distances[0] > 1e-4
+    assert distances[-1] < 0.7 * distances[0]
+
+
+@torch.no_grad()
+def test_matched_states_are_those_of_questions_and_answers(short_stand_ins, tiny_tokenizer):
+    network = architectures.accepted("llama")
+    masks = Masks({"full_attention": None}, "boolean")
+    layers, found = layers_of(network), []
+    for modes in (("full",) * 3, ("block",) * 3):
+        examples = [EXAMPLES[0], TextExample("The mill is old."), EXAMPLES[1]]
+        batch = collate([row_of(tiny_tokenizer, modes, examples, blocks_see="stand-ins")], padded_to=512)
+        with recorded_states(layers) as states:
+            learned_logits(network, batch, masks, full=True)
+        assert len(states) == len(layers) == network.config.num_hidden_layers
+        found.append(of_branches(batch, states))
+    learned_logits(network, batch, masks)
+    assert len(states) == len(layers)  # nothing is recorded behind the block
+    num_tokens = sum(
+        len(tiny_tokenizer(f"{example.question}{example.answer}").input_ids) for example in EXAMPLES[:2]
+    )
+    for full, block in zip(*found, strict=True):  # stand-ins and text are not among them
+        assert full.shape == block.shape
+        assert full.shape[0] >= num_tokens
+        assert distance(block, full) < FLOAT32
+
+
 def test_training_goes_on_from_an_adapter_which_teaches_unchanged(folder, tmp_path):
     first = tmp_path / "first"
     finetune(recipe_in(folder, first, modes="full", steps=3, learning_rate=1e-2))
@@ -664,16 +720,18 @@ def test_general_text_is_kept_as_the_base_says_it_and_learned_where_there_is_no_
     assert learned.history[1]["loss_text"] > 1
 
 
+@pytest.mark.parametrize("taught", [{}, {"match_states": 1.0, "teacher": "base"}], ids=["plain", "states"])
 @pytest.mark.parametrize(
     "options",
     [{"precision": "bfloat16"}, {"gradient_checkpointing": True}, {"compile_layers": True}],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch, compiling
-def test_other_ways_to_compute_come_close(options, folder, tmp_path):
-    usual = finetune(recipe_in(folder, tmp_path / "usual", steps=2))
-    other = finetune(recipe_in(folder, tmp_path / "other", steps=2, **options))
-    assert other.history[-1]["loss"] == pytest.approx(usual.history[-1]["loss"], rel=0.02)
+def test_other_ways_to_compute_come_close(options, taught, folder, tmp_path):
+    usual = finetune(recipe_in(folder, tmp_path / "usual", steps=2, **taught))
+    other = finetune(recipe_in(folder, tmp_path / "other", steps=2, **taught, **options))
+    for name in ("loss", "loss_states") if taught else ("loss",):
+        assert other.history[-2][name] == pytest.approx(usual.history[-2][name], rel=0.02)
 
 
 def test_an_evaluation_of_the_users_own_serves_the_model_in_training(folder, tmp_path):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.evaluation.flops import forward_flops
 from rag_blockcache.generator import Computed, prefill
+from rag_blockcache.kv_states import Placement
 from rag_blockcache.model import Model
 
 NUM_TOKENS, NUM_FINAL = 60, 7

@@ -7,23 +7,25 @@ import copy
 import importlib.util
 import os
 import threading
+import weakref
 from functools import partial
 
 import architectures
+import numpy as np
 import pytest
 import torch
 from test_equivalence import PASSAGES, SHORT, distance
 from torch import nn
 
 from rag_blockcache import BlockCache, gpu
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.evaluation.latency import measure_latency
 from rag_blockcache.generator import Computed, prefill
 from rag_blockcache.gpu import staging
 from rag_blockcache.gpu.network_state import NetworkState
 from rag_blockcache.gpu.norms import FusedNorms
 from rag_blockcache.gpu.staging import Staging, cut, staged_bytes
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import KVStates, Placement
 from rag_blockcache.model import Model
 from rag_blockcache.quantization import CODECS
 from rag_blockcache.rotary import Angles
@@ -152,14 +154,14 @@ def test_placed_blocks_are_those_that_torch_places(device, codec, half, head_dim
     moved, slot = [], 5
     for num_tokens, kept in [(1, 1), (50, 50), (130, 70), (33, 33), (128, 128)]:
         states = random_block(codec, num_tokens, head_dim, dtype).prefix(kept)
-        moved.append(gpu.Moved(states.mapped(lambda each: each.to(device)), slot, slot + 7))
+        moved.append(Placement(states.mapped(lambda each: each.to(device)), slot + 7))
         turned = None if angles is None else angles.to(torch.device("cpu")).at(slot + 7, slot + 7 + kept)
         row = [each[:, 1, :, slot : slot + kept] for each in expected]
         states.place(*row, turned, interleaved=interleaved)
         slot += kept + 3
     from rag_blockcache.gpu.placing import place
 
-    place(moved, found[0][:, 1], found[1][:, 1], angles, interleaved=interleaved)
+    place(moved, found[0][:, 1], found[1][:, 1], angles, first_slot=-7, interleaved=interleaved)
     for one, other in zip(found, expected, strict=True):
         tolerance = 1e-2 if half else 1e-5
         torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -181,24 +183,76 @@ def test_blocks_of_the_host_are_placed_through_a_ring_of_buffers(device, codec, 
     )
     held = [each.mapped(torch.Tensor.pin_memory) if is_pinned else each for each in blocks]
     held[7] = held[7].mapped(torch.Tensor.cuda)  # one is there already
-    moved = [gpu.Moved(each, 100 * i, 100 * i) for i, each in enumerate(held)]
-    there = [gpu.Moved(each.mapped(torch.Tensor.cuda), 100 * i, 100 * i) for i, each in enumerate(blocks)]
-    placing.place(there, expected[0], expected[1], angles, interleaved=False)
+    moved = [Placement(each, 100 * i) for i, each in enumerate(held)]
+    there = [Placement(each.mapped(torch.Tensor.cuda), 100 * i) for i, each in enumerate(blocks)]
+    placing.place(there, expected[0], expected[1], angles, first_slot=0, interleaved=False)
     for _ in range(3):
-        placing.place(moved, found[0], found[1], angles, interleaved=False)
+        placing.place(moved, found[0], found[1], angles, first_slot=0, interleaved=False)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         for states in found:
             states.zero_()
 
 
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_blocks_that_the_device_reads_stay_until_it_has_read_them(device, monkeypatch):
+    from rag_blockcache.gpu import placing
+
+    ring = Staging(torch.device("cuda"), stage_bytes=2**20)
+    monkeypatch.setattr(placing, "staging_of", lambda device: ring)
+    blocks = [random_block("none", 100, 128, torch.float32).mapped(torch.Tensor.pin_memory) for _ in range(4)]
+    keys, values = (torch.zeros((3, 2, 100, 128), device=device) for _ in range(2))
+    alive = weakref.ref(blocks[0])
+    placing.place([Placement(blocks.pop(0), 0)], keys, values, None, first_slot=0, interleaved=False)
+    assert alive() is not None
+    while blocks:  # once around the ring
+        placing.place([Placement(blocks.pop(), 0)] * 3, keys, values, None, first_slot=0, interleaved=False)
+    assert alive() is None
+
+
 def test_blocks_are_cut_into_runs_that_fit_a_buffer():
-    moved = [gpu.Moved(random_block("none", n, 64, torch.float32), 0, 0) for n in (10, 20, 5, 400, 1, 1)]
-    limit = staged_bytes(moved[0]) + staged_bytes(moved[1])
-    groups = list(cut(moved, limit))
-    assert [each for group in groups for each in group] == moved
+    sizes = [staged_bytes(random_block("none", n, 64, torch.float32)) for n in (10, 20, 5, 400, 1, 1)]
+    limit = sizes[0] + sizes[1]
+    groups = [sizes[chosen] for chosen in cut(sizes, limit)]
+    assert [size for group in groups for size in group] == sizes
     assert [len(group) for group in groups] == [2, 1, 1, 2]
-    assert all(sum(map(staged_bytes, group)) <= limit for group in groups if len(group) > 1)
+    assert all(sum(group) <= limit for group in groups if len(group) > 1)
+    assert list(cut([], limit)) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_tensors_of_the_host_are_copied_in_one_launch(device, codec):
+    from rag_blockcache.gpu.staging import copy_tensors
+
+    blocks = [random_block(codec, n, 128, HALF[device]) for n in (1, 100, 333)]
+    sources = [tensor for block in blocks for tensor in block.tensors().values()]
+    if device == "cuda":
+        sources = [tensor.pin_memory() for tensor in sources]
+    # Behind each of them stands more, which must stay as it is.
+    targets = [torch.full((each.nbytes + 16,), 77, dtype=torch.uint8, device=device) for each in sources]
+    columns = [[each.data_ptr() for each in sources], [each.data_ptr() for each in targets]]
+    columns.append([each.nbytes for each in sources])
+    copy_tensors(*(np.array(column, np.int64) for column in columns), torch.device(device))
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(target[:-16].cpu(), source.reshape(-1).view(torch.uint8))
+        assert (target[-16:] == 77).all()
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_what_a_gpu_cannot_read_in_one_piece_is_not_read(device):
+    from rag_blockcache.gpu.descriptions import describe
+
+    block = random_block("none", 100, 128, torch.bfloat16)
+    pinned = block.mapped(torch.Tensor.pin_memory)
+    assert describe(pinned, []).sizes is not None
+    assert describe(block, []).sizes is None  # not page-locked
+    assert describe(pinned.prefix(50), []).sizes is None  # not in one piece
+    shifted = (
+        torch.empty(block.keys.numel() + 1, dtype=torch.bfloat16).pin_memory()[1:].view(block.keys.shape)
+    )
+    assert describe(KVStates(shifted, pinned.values), []).sizes is None  # not aligned
+    assert describe(block.mapped(torch.Tensor.cuda), []).sizes is None  # not on the host
 
 
 # The tier on the device
@@ -395,7 +449,7 @@ def test_a_cpu_goes_the_ordinary_way(tiny_model, tiny_tokenizer):
     assert gpu.run_pass(model, context, computed.token_ids, computed.positions, 1) is None
     keys, values = context.states_of_layer(0)
     block = KVStates(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16))
-    assert not gpu.place_blocks([gpu.Moved(block, 0, 0)], keys, values, None, interleaved=False)
+    assert not gpu.place_blocks([Placement(block, 0)], keys, values, None, first_slot=0, interleaved=False)
 
 
 def graph_sizes(model):

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rag_blockcache import BlockCache, Text
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.encoder import encode_blocks
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import KVStates, Placement
 from rag_blockcache.model import Model
 from rag_blockcache.quantization import CODECS, Int4States, Int8States, codec_named
 from rag_blockcache.rotary import Angles

@@ -115,10 +115,16 @@ def _compile_layers(network: PreTrainedModel, masks: Masks) -> None:
     if masks.is_flex:
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
+    for layer in layers_of(network):  # not with its hooks, which come and go
+        layer.forward = torch.compile(layer.forward, dynamic=False if masks.is_flex else None)
+
+
+def layers_of(network: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers of a model in their order."""
     kinds = set(network._no_split_modules or ())
-    for module in network.modules():
-        if type(module).__name__ in kinds and module is not network:
-            module.compile(dynamic=False if masks.is_flex else None)
+    return [
+        module for module in network.modules() if type(module).__name__ in kinds and module is not network
+    ]
 
 
 @contextlib.contextmanager

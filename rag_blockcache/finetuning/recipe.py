@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -77,6 +78,11 @@ class Recipe:
         "Who teaches under full attention: base, the model without its adapter; start, with the adapter that "
         "training started from; itself, as it is at that step; or with another adapter, hub id or folder.",
     )
+    match_states: float = _option(
+        0.0,
+        "Weight, beside the loss, of how far the states of questions and answers are from the teacher's in "
+        "every layer, as a share of their variance.",
+    )
     precision: Literal["bfloat16", "float32"] = _option("bfloat16", "What matrix products are computed in.")
     attention: Literal["auto", "flex", "sdpa"] = _option(
         "auto", "flex needs a GPU and no dense mask, sdpa runs anywhere; auto takes flex on a GPU."
@@ -113,6 +119,8 @@ class Recipe:
         for name in ("balance", "distill"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; it lies between 0 and 1")
+        if not 0 <= self.match_states < math.inf:
+            raise InvalidInputError(f"match_states is {self.match_states}; give 0, or a weight above it")
         self._check_weights()
 
     def _check_weights(self) -> None:
@@ -130,7 +138,7 @@ class Recipe:
             raise InvalidInputError(
                 "with lora_rank 0 all weights are trained, and no adapter; leave start_from out"
             )
-        if self.distill and self.teacher != "itself":
+        if self.is_taught and self.teacher != "itself":
             raise InvalidInputError(
                 f"with lora_rank 0 the base model changes, and {self.teacher!r} cannot teach; "
                 "take teacher 'itself'"
@@ -144,6 +152,11 @@ class Recipe:
         return self.lora_rank > 0
 
     @property
+    def is_taught(self) -> bool:
+        """Whether a teacher is asked."""
+        return bool(self.distill or self.match_states)
+
+    @property
     def adapters(self) -> dict[str, str]:
         """The adapters that are read, hub ids or folders, by the option that names them."""
         named = {"start_from": self.start_from, "teacher": self.teacher}
@@ -152,7 +165,7 @@ class Recipe:
     @property
     def teaching_adapter(self) -> str | None:
         """The adapter that has to be loaded to teach, if any."""
-        if not self.distill:
+        if not self.is_taught:
             return None
         return self.start_from if self.teacher == "start" else self.adapters.get("teacher")
 

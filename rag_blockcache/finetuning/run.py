@@ -19,6 +19,7 @@ from rag_blockcache.finetuning.examples import DataFile, read_data
 from rag_blockcache.finetuning.held_out import Evaluate, Evaluations, measure
 from rag_blockcache.finetuning.network import (
     Trainee,
+    layers_of,
     load_trainee,
     merge_adapter,
     save_weights,
@@ -133,7 +134,9 @@ def _trainer(
         callbacks=[evaluations, Progress(tell, recipe.row_tokens * recipe.rows_per_step)],
         masks=trainee.masks,
         distill=recipe.distill,
+        match_states=recipe.match_states,
         teacher=recipe.teacher,
+        layers=layers_of(trainee.base),
         has_base=recipe.is_adapter,
     )
     trainer.remove_callback(PrinterCallback)  # prints on stdout

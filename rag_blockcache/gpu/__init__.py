@@ -10,13 +10,12 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rag_blockcache.kv_states import BlockStates, KVStates
+from rag_blockcache.kv_states import KVStates, Placement
 from rag_blockcache.model import Model
 from rag_blockcache.rotary import Angles
 
@@ -30,21 +29,6 @@ class LayeredStates(Protocol):
 
     def states_of_layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of one layer, each ``(1, num_kv_heads, num_slots, head_dim)``."""
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A block, and where it goes.
-
-    Attributes:
-        states: Of the layers that are filled.
-        slot: Of its first token, in the context.
-        position: Of its first token, in the prompt.
-    """
-
-    states: BlockStates
-    slot: int
-    position: int
 
 
 def run_pass(
@@ -70,16 +54,23 @@ def run_pass(
 
 
 def place_blocks(
-    moved: Sequence[Moved], keys: Tensor, values: Tensor, angles: Angles | None, *, interleaved: bool
+    placements: Sequence[Placement],
+    keys: Tensor,
+    values: Tensor,
+    angles: Angles | None,
+    *,
+    first_slot: int,
+    interleaved: bool,
 ) -> bool:
     """Write blocks into one row of a context, keys turned to their positions.
 
     Args:
-        moved: The blocks, anywhere.
+        placements: Where blocks go, with the states of the layers that are filled, anywhere.
         keys: Where keys go, ``(num_layers, num_kv_heads, num_slots, head_dim)``; slots of a head stand one
             behind the other.
         values: Where values go; same shape and strides.
         angles: Of all positions from 0 on; None leaves keys as they are.
+        first_slot: Of the prompt, in the context.
         interleaved: See ``rotary.pairs``.
 
     Returns:
@@ -90,7 +81,7 @@ def place_blocks(
     from rag_blockcache.gpu.placing import place
 
     with torch.cuda.device(keys.device):
-        return place(moved, keys, values, angles, interleaved=interleaved)
+        return place(placements, keys, values, angles, first_slot=first_slot, interleaved=interleaved)
 
 
 @functools.cache
@@ -114,6 +105,6 @@ def _try() -> None:
 
     ones = torch.ones((1, 1, 1, 16), device="cuda")
     keys, values = torch.zeros_like(ones), torch.zeros_like(ones)
-    place([Moved(KVStates(ones, ones), 0, 0)], keys, values, None, interleaved=False)
+    place([Placement(KVStates(ones, ones), 0)], keys, values, None, first_slot=0, interleaved=False)
     if not torch.equal(keys, ones):
         raise RuntimeError("a kernel that was compiled did not write what it should")

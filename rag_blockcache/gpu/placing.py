@@ -5,19 +5,18 @@ With a launch for each block, and several for each step, launching would take lo
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_blockcache.gpu import Moved
-from rag_blockcache.gpu.placing_kernels import EXACT, HEADER, INT4, INT8, place_kernel
+from rag_blockcache.gpu.descriptions import HEADER, Description, describe, known_description, rows_of
+from rag_blockcache.gpu.placing_kernels import EXACT, INT4, INT8, place_kernel
 from rag_blockcache.gpu.staging import staging_of
-from rag_blockcache.kv_states import BlockStates, KVStates
+from rag_blockcache.kv_states import BlockStates, KVStates, Placement
 from rag_blockcache.quantization import Int4States, Int8States
 from rag_blockcache.rotary import Angles
 
@@ -26,123 +25,100 @@ _NARROW = {"value_scales", "value_offsets"}  # the rows of all other tensors are
 _TOKENS = 32  # of a program
 
 
-@dataclass(frozen=True)
-class _Description:
-    """What is known of a block that is on the device, wherever it goes.
+class _Target(NamedTuple):
+    """Where blocks go; see ``gpu.place_blocks``."""
 
-    Attributes:
-        form: How it is kept.
-        dtype: Of what it stands for.
-        device: Where it is.
-        words: What ``placing_kernels`` reads of it.
-    """
-
-    form: type[BlockStates]
-    dtype: torch.dtype
-    device: torch.device
-    words: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
+    angles: Angles | None
+    first_slot: int
+    interleaved: bool
 
 
 def place(
-    moved: Sequence[Moved], keys: Tensor, values: Tensor, angles: Angles | None, *, interleaved: bool
-) -> bool:
-    """Write blocks into one row of a context; see ``gpu.place_blocks``."""
-    here: dict[type[BlockStates], list[tuple[Moved, _Description]]] = {}
-    there: dict[type[BlockStates], list[Moved]] = {}
-    copies: list[Tensor] = []  # to be read by a launch that is still to come
-    for each in moved:  # hundreds, while the GPU waits
-        known = _described.get(each.states)
-        if known is None:
-            form = type(each.states)
-            if form not in _FORMS or each.states.dtype != keys.dtype:
-                return False
-            if each.states.device != keys.device:
-                there.setdefault(form, []).append(each)
-                continue
-            known = _describe(each.states, copies)
-        elif known.dtype != keys.dtype:
-            return False
-        elif known.device != keys.device:
-            there.setdefault(known.form, []).append(each)
-            continue
-        here.setdefault(known.form, []).append((each, known))
-    for described in here.values():
-        _launch(described, keys, values, angles, interleaved)
-    for waiting in there.values():
-        with staging_of(keys.device).brought(waiting) as groups:
-            for group in groups:
-                described = [(each, _describe(each.states, copies)) for each in group]
-                _launch(described, keys, values, angles, interleaved)
-    return True
-
-
-def _launch(
-    described: Sequence[tuple[Moved, _Description]],
+    placements: Sequence[Placement],
     keys: Tensor,
     values: Tensor,
     angles: Angles | None,
+    *,
+    first_slot: int,
     interleaved: bool,
-) -> None:
-    """Place blocks of one form that are on the device, all at once."""
+) -> bool:
+    """Write blocks into one row of a context; see ``gpu.place_blocks``."""
+    here: dict[type[BlockStates], list[tuple[Placement, Description]]] = {}
+    readable: dict[type[BlockStates], list[tuple[Placement, Description]]] = {}
+    elsewhere: dict[type[BlockStates], list[Placement]] = {}
+    copies: list[Tensor] = []  # to be read by a launch that is still to come
+    dtype, device = keys.dtype, keys.device
+    for placed in placements:  # hundreds, while the GPU waits
+        known = known_description(placed.states)
+        if known is None:
+            if type(placed.states) not in _FORMS:
+                return False
+            known = describe(placed.states, copies)
+        if known.dtype != dtype:
+            return False
+        if known.device == device:
+            here.setdefault(known.form, []).append((placed, known))
+        elif known.sizes is not None:
+            readable.setdefault(known.form, []).append((placed, known))
+        else:
+            elsewhere.setdefault(known.form, []).append(placed)
+    to = _Target(keys, values, angles, first_slot, interleaved)
+    for pairs in here.values():
+        _launch([placed for placed, _ in pairs], rows_of([known for _, known in pairs]), to)
+    for pairs in readable.values():
+        states, described = [placed.states for placed, _ in pairs], [known for _, known in pairs]
+        with staging_of(device).read(states, described) as groups:
+            for chosen, rows in groups:
+                _launch([placed for placed, _ in pairs[chosen]], rows, to)
+    for waiting in elsewhere.values():
+        with staging_of(device).brought([placed.states for placed in waiting]) as groups_of_states:
+            for chosen, brought in groups_of_states:
+                _launch(waiting[chosen], rows_of([describe(each, copies) for each in brought]), to)
+    return True
+
+
+def _launch(placements: Sequence[Placement], rows: NDArray[np.int64], to: _Target) -> None:
+    """Place blocks of one form that the device has, all at once.
+
+    Args:
+        placements: Where they go.
+        rows: Where they are; slots and positions are filled in.
+        to: The context.
+    """
+    keys, angles = to.keys, to.angles
     num_layers, num_kv_heads, _, head_dim = keys.shape
-    form = described[0][1].form
-    rows = np.array([known.words for _, known in described], np.int64)
-    rows[:, 1] = [each.slot for each, _ in described]
-    rows[:, 2] = [each.position for each, _ in described]
+    sample = placements[0].states
+    rows[:, 2] = [placed.offset for placed in placements]
+    rows[:, 1] = rows[:, 2] + to.first_slot
     words = torch.from_numpy(rows)
     if keys.is_cuda:
         words = words.pin_memory().to(keys.device, non_blocking=True)
     num_pairs = 0 if angles is None else angles.cos.shape[-1]
     nothing = torch.empty(0, dtype=torch.float32, device=keys.device)
     cos, sin = (nothing, nothing) if angles is None else (angles.cos.contiguous(), angles.sin.contiguous())
-    place_kernel[(-(-int(rows[:, 0].max()) // _TOKENS), len(described), num_layers)](
+    place_kernel[(-(-int(rows[:, 0].max()) // _TOKENS), len(rows), num_layers)](
         words,
         keys,
-        values,
+        to.values,
         keys.stride(0),
         keys.stride(1),
         cos,
         sin,
         row_words=rows.shape[1],
-        form=_FORMS[form],
+        form=_FORMS[type(sample)],
         num_heads=num_kv_heads,
         head_dim=head_dim,
         block_dim=_power_of_two(head_dim),
-        num_value_groups=_num_value_groups(described[0][0].states),
+        num_value_groups=_num_value_groups(sample),
         num_pairs=num_pairs,
         block_pairs=_power_of_two(max(num_pairs, 1)),
-        is_interleaved=interleaved,
-        is_aligned=head_dim % 16 == 0 and _is_aligned(rows, form.names()),
+        is_interleaved=to.interleaved,
+        is_aligned=head_dim % 16 == 0 and _is_aligned(rows, type(sample).names()),
         block_tokens=_TOKENS,
         num_warps=4,
     )
-
-
-# Stored blocks come again and again.
-_described: weakref.WeakKeyDictionary[BlockStates, _Description] = weakref.WeakKeyDictionary()
-
-
-def _describe(states: BlockStates, copies: list[Tensor]) -> _Description:
-    """Describe a block on the device.
-
-    Args:
-        states: The block.
-        copies: Takes what had to be copied for it.
-    """
-    tensors, are_whole = states.tensors(), True
-    num_groups = tensors["key_scales"].shape[2] if "key_scales" in tensors else 0
-    words = [states.num_tokens, 0, 0, num_groups]
-    for tensor in tensors.values():
-        layer_stride, head_stride, *within = tensor.stride()
-        if within != [tensor.shape[3], 1]:  # the kernel expects whole rows, one behind the other
-            tensor, are_whole = tensor.contiguous(), False
-            copies.append(tensor)
-            layer_stride, head_stride = tensor.stride()[:2]
-        words += (tensor.data_ptr(), layer_stride, head_stride)
-    found = _Description(type(states), states.dtype, states.device, tuple(words))
-    if are_whole:
-        _described[states] = found
-    return found
 
 
 def _is_aligned(rows: NDArray[np.int64], names: Sequence[str]) -> bool:

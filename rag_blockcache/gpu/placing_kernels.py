@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-HEADER = 4  # words before the tensors
+from rag_blockcache.gpu.descriptions import HEADER
+
 _HEADER = tl.constexpr(HEADER)
 EXACT, INT8, INT4 = 0, 1, 2
 _INT8, _INT4 = tl.constexpr(INT8), tl.constexpr(INT4)

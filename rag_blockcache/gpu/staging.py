@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_blockcache.gpu import Moved
+from rag_blockcache.gpu.descriptions import Description, addresses, describe, rows_of, sizes_of
 from rag_blockcache.kv_states import BlockStates
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,11 @@ logger = logging.getLogger(__name__)
 _STAGE_BYTES = 2**26
 _NUM_STAGES = 3  # one is filled, one is on the bus, one is placed
 _ALIGNMENT = 256  # of tensors in a stage
+_PROGRAMS = 8  # that copy one tensor
+_WORDS = 2048  # of 32 bits, that a program copies at once
+
+_Filled = TypeVar("_Filled")
+_Size = TypeVar("_Size", int, NDArray[np.int64])
 
 
 @functools.cache
@@ -40,14 +47,17 @@ def copies(blocks: Sequence[BlockStates], device: torch.device) -> list[BlockSta
         The copies, in order; without the last ones if the device has no memory for them.
     """
     found: list[BlockStates] = []
-    with (
-        torch.cuda.device(device),
-        staging_of(device).brought([Moved(each, 0, 0) for each in blocks]) as groups,
-    ):
+    are_readable = all(describe(each, []).sizes is not None for each in blocks)
+    with torch.cuda.device(device):
         try:
-            for group in groups:
-                for brought in group:
-                    found.append(brought.states.mapped(torch.clone))
+            if are_readable:
+                for each in blocks:
+                    found.append(each.mapped(lambda tensor: tensor.to(device, non_blocking=True)))
+            else:
+                with staging_of(device).brought(blocks) as groups:
+                    for _, group in groups:
+                        for states in group:
+                            found.append(states.mapped(torch.clone))
         except torch.cuda.OutOfMemoryError as error:
             logger.warning(
                 "%d of %d blocks were not copied to %s: %s",
@@ -73,42 +83,71 @@ class Staging:
         self._lock = threading.Lock()
 
     @contextmanager
-    def brought(self, moved: Sequence[Moved]) -> Iterator[Iterator[list[Moved]]]:
+    def brought(self, blocks: Sequence[BlockStates]) -> Iterator[Iterator[tuple[slice, list[BlockStates]]]]:
         """Bring blocks from the host, in groups that can be used by what is submitted before the next one.
 
         Args:
-            moved: Blocks on the host.
+            blocks: Blocks on the host.
+
+        Yields:
+            Which of the blocks a group is, and these on the device.
         """
-        with self._lock, closing(self._groups(moved)) as groups:
+        sizes = [staged_bytes(each) for each in blocks]
+        with (
+            self._lock,
+            closing(self._groups(sizes, lambda stage, chosen: stage.bring(blocks[chosen]))) as groups,
+        ):
             yield groups
 
-    def _groups(self, moved: Sequence[Moved]) -> Generator[list[Moved], None, None]:
-        for number, group in enumerate(cut(moved, self._stage_bytes)):
+    @contextmanager
+    def read(
+        self, blocks: Sequence[BlockStates], described: Sequence[Description]
+    ) -> Iterator[Iterator[tuple[slice, NDArray[np.int64]]]]:
+        """Bring blocks of one form from memory that the device can read, in groups as ``brought`` does.
+
+        Args:
+            blocks: The blocks.
+            described: What is known of them; they have sizes.
+
+        Yields:
+            Which of the blocks a group is, and its table for ``placing_kernels``.
+        """
+        rows, sizes = rows_of(described), sizes_of(described)
+
+        def fill(stage: _Stage, chosen: slice) -> NDArray[np.int64]:
+            return stage.read(blocks[chosen], rows[chosen], sizes[chosen])
+
+        with self._lock, closing(self._groups(_aligned(sizes).sum(1).tolist(), fill)) as groups:
+            yield groups
+
+    def _groups(
+        self, sizes: Sequence[int], fill: Callable[[_Stage, slice], _Filled]
+    ) -> Generator[tuple[slice, _Filled], None, None]:
+        for number, chosen in enumerate(cut(sizes, self._stage_bytes)):
             stage = self._stages[number % _NUM_STAGES]
             try:
-                yield stage.bring(group)
+                with stage.filling(sum(sizes[chosen])):
+                    filled = fill(stage, chosen)
+                yield chosen, filled
             finally:
                 stage.used.record()
 
 
-def cut(moved: Sequence[Moved], limit_bytes: int) -> Iterator[list[Moved]]:
+def cut(sizes: Sequence[int], limit: int) -> Iterator[slice]:
     """Cut blocks into runs that fit a limit; a block larger than that is a run of its own."""
-    group: list[Moved] = []
-    num_bytes = 0
-    for each in moved:
-        size = staged_bytes(each)
-        if group and num_bytes + size > limit_bytes:
-            yield group
-            group, num_bytes = [], 0
-        group.append(each)
+    start = num_bytes = 0
+    for index, size in enumerate(sizes):
+        if index > start and num_bytes + size > limit:
+            yield slice(start, index)
+            start, num_bytes = index, 0
         num_bytes += size
-    if group:
-        yield group
+    if sizes:
+        yield slice(start, len(sizes))
 
 
-def staged_bytes(moved: Moved) -> int:
+def staged_bytes(states: BlockStates) -> int:
     """Return what a block takes in a stage."""
-    return sum(_aligned(tensor.nbytes) for tensor in moved.states.tensors().values())
+    return sum(_aligned(tensor.nbytes) for tensor in states.tensors().values())
 
 
 class _Stage:
@@ -123,41 +162,44 @@ class _Stage:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._there = torch.empty(0, dtype=torch.uint8, device=device)
         self._here = torch.empty(0, dtype=torch.uint8)
+        self._read: Sequence[BlockStates] = ()  # nobody else may have their memory until they are copied
 
-    def bring(self, group: Sequence[Moved]) -> list[Moved]:
-        """Copy blocks to the device; what is submitted from now on finds them there."""
+    @contextmanager
+    def filling(self, num_bytes: int) -> Iterator[None]:
+        """Fill it inside this block; what is submitted afterwards finds it filled."""
         self.used.synchronize()
-        num_bytes = sum(map(staged_bytes, group))
+        self._read = ()
         if self._there.nbytes < num_bytes:
             self._there = torch.empty(num_bytes, dtype=torch.uint8, device=self._there.device)
             # It may be memory that was in use until now by what is under way on the usual stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._there.device))
-        direct = all(
-            _can_be_copied_from(tensor) for each in group for tensor in each.states.tensors().values()
-        )
         with torch.cuda.stream(self._stream):
-            brought = self._one_by_one(group) if direct else self._at_once(group, num_bytes)
+            yield
         torch.cuda.current_stream(self._there.device).wait_stream(self._stream)
-        return brought
 
-    def _one_by_one(self, group: Sequence[Moved]) -> list[Moved]:
-        place = _Places(self._there)
-        brought = []
-        for each in group:
-            states = each.states.mapped(lambda tensor: place.of(tensor).copy_(tensor, non_blocking=True))
-            brought.append(replace(each, states=states))
-        return brought
-
-    def _at_once(self, group: Sequence[Moved], num_bytes: int) -> list[Moved]:
+    def bring(self, blocks: Sequence[BlockStates]) -> list[BlockStates]:
         """Gather blocks in memory that the device can copy from, and copy them together."""
+        num_bytes = sum(map(staged_bytes, blocks))
         if self._here.nbytes < num_bytes:
             self._here = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         here, there = _Places(self._here), _Places(self._there)
-        for each in group:
-            for tensor in each.states.tensors().values():
+        for each in blocks:
+            for tensor in each.tensors().values():
                 here.of(tensor).copy_(tensor)
         self._there[:num_bytes].copy_(self._here[:num_bytes], non_blocking=True)
-        return [replace(each, states=each.states.mapped(there.of)) for each in group]
+        return [each.mapped(there.of) for each in blocks]
+
+    def read(
+        self, blocks: Sequence[BlockStates], rows: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Have the device read blocks where they are, and return their table with where it puts them."""
+        self._read = blocks
+        ends = _aligned(sizes).reshape(-1).cumsum()
+        places = self._there.data_ptr() + np.concatenate(([0], ends[:-1])).reshape(sizes.shape)
+        copy_tensors(addresses(rows), places, sizes, self._there.device)
+        found = rows.copy()
+        addresses(found)[:] = places
+        return found
 
 
 class _Places:
@@ -173,9 +215,25 @@ class _Places:
         return self._buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
-def _can_be_copied_from(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.is_pinned()
+def copy_tensors(
+    sources: NDArray[np.int64], targets: NDArray[np.int64], sizes: NDArray[np.int64], device: torch.device
+) -> None:
+    """Copy tensors to the device, each in one piece.
+
+    Args:
+        sources: Addresses that the device can read, any shape.
+        targets: Addresses on the device, same shape.
+        sizes: In bytes, same shape; all three are multiples of 16.
+        device: The device.
+    """
+    from rag_blockcache.gpu.copy_kernels import copy_kernel  # Triton is imported where it is used
+
+    rows = np.stack((sources.reshape(-1), targets.reshape(-1), sizes.reshape(-1) // 4), axis=1)
+    table = torch.from_numpy(rows)
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)
+    copy_kernel[(_PROGRAMS, len(rows))](table, block_words=_WORDS, num_warps=4)
 
 
-def _aligned(num_bytes: int) -> int:
+def _aligned(num_bytes: _Size) -> _Size:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

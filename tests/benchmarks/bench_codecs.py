@@ -30,12 +30,12 @@ from statistics import median
 
 import torch
 
-from rag_blockcache.assembler import Context, Placement
+from rag_blockcache.assembler import Context
 from rag_blockcache.evaluation import page_cache
 from rag_blockcache.evaluation.environment import Environment
 from rag_blockcache.evaluation.shapes import SHAPES, open_model
 from rag_blockcache.evaluation.stopwatch import in_turn, ratios
-from rag_blockcache.kv_states import KVStates
+from rag_blockcache.kv_states import KVStates, Placement
 from rag_blockcache.quantization import CODECS
 from rag_blockcache.store import DiskStore, MemoryStore
 
