@@ -71,6 +71,8 @@ class Int8States(BlockStates):
 
     def prefix(self, num_tokens: int) -> Int8States:
         """Return the states of the first tokens, as views; the groups of keys stay as they were."""
+        if num_tokens == self.num_tokens:
+            return self
         return replace(
             self,
             value_scales=self.value_scales[:, :, :num_tokens],
@@ -160,6 +162,8 @@ class Int4States(BlockStates):
 
     def prefix(self, num_tokens: int) -> Int4States:
         """Return the states of the first tokens, as views; the groups of keys stay as they were."""
+        if num_tokens == self.num_tokens:
+            return self
         return replace(
             self,
             value_scales=self.value_scales[:, :, :num_tokens],

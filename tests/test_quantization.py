@@ -133,6 +133,8 @@ def test_the_beginning_of_a_block_is_placed_as_in_the_whole(form, states, data):
     assert cut.num_tokens == shorter
     assert torch.equal(part[:, :, :, :shorter], whole[:, :, :, :shorter])
     assert (part[:, :, :, shorter:] == 7).all()
+    # What is known of a block is kept by the object; a whole one must not be another each time.
+    assert packed.prefix(states.num_tokens) is packed
 
 
 # phi3-partial, glm: some dimensions turn; smollm3: some layers do; cohere, glm: pairs are interleaved

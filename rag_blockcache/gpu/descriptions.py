@@ -92,5 +92,5 @@ def addresses(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def _can_be_read(tensor: Tensor) -> bool:
     """Return whether a GPU can read a tensor of the host where it is, in one piece."""
     is_one_piece = tensor.device.type == "cpu" and tensor.is_contiguous()
-    is_aligned = not (tensor.data_ptr() | tensor.nbytes) % _ALIGNMENT
+    is_aligned = tensor.data_ptr() % _ALIGNMENT == 0
     return is_one_piece and is_aligned and torch.cuda.is_available() and tensor.is_pinned()

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 _STAGE_BYTES = 2**26
 _NUM_STAGES = 3  # one is filled, one is on the bus, one is placed
 _ALIGNMENT = 256  # of tensors in a stage
-_PROGRAMS = 8  # that copy one tensor
+_LARGE_BYTES = 2**20  # of a tensor that is worth a copy of its own, which is a little faster than a kernel's
+_PROGRAMS = 2  # that copy a smaller one
 _WORDS = 2048  # of 32 bits, that a program copies at once
 
 _Filled = TypeVar("_Filled")
@@ -195,8 +196,15 @@ class _Stage:
         """Have the device read blocks where they are, and return their table with where it puts them."""
         self._read = blocks
         ends = _aligned(sizes).reshape(-1).cumsum()
-        places = self._there.data_ptr() + np.concatenate(([0], ends[:-1])).reshape(sizes.shape)
-        copy_tensors(addresses(rows), places, sizes, self._there.device)
+        starts = np.concatenate(([0], ends[:-1])).reshape(sizes.shape)
+        places, is_small = self._there.data_ptr() + starts, sizes < _LARGE_BYTES
+        if is_small.any():
+            sources = addresses(rows)[is_small]
+            copy_tensors(sources, places[is_small], sizes[is_small], self._there.device)
+        for block, column in zip(*np.nonzero(~is_small), strict=True):
+            tensor = list(blocks[block].tensors().values())[column]
+            place = self._there[starts[block, column] :][: tensor.nbytes]
+            place.copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
         found = rows.copy()
         addresses(found)[:] = places
         return found
@@ -221,14 +229,14 @@ def copy_tensors(
     """Copy tensors to the device, each in one piece.
 
     Args:
-        sources: Addresses that the device can read, any shape.
-        targets: Addresses on the device, same shape.
-        sizes: In bytes, same shape; all three are multiples of 16.
+        sources: Addresses that the device can read, multiples of 16, any shape.
+        targets: Addresses on the device, multiples of 16, same shape.
+        sizes: In bytes, same shape.
         device: The device.
     """
     from rag_blockcache.gpu.copy_kernels import copy_kernel  # Triton is imported where it is used
 
-    rows = np.stack((sources.reshape(-1), targets.reshape(-1), sizes.reshape(-1) // 4), axis=1)
+    rows = np.stack((sources.reshape(-1), targets.reshape(-1), sizes.reshape(-1)), axis=1)
     table = torch.from_numpy(rows)
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
