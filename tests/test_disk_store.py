@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from store_blocks import is_same, make_block
 
-from rag_blockcache import readers
+from rag_blockcache import workers
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.kv_states import KVStates
 from rag_blockcache.store import DiskStore
@@ -436,6 +436,20 @@ def test_of_two_who_write_one_block_the_first_wins(store, monkeypatch):
     check_accounts(store)
 
 
+def test_blocks_of_a_batch_are_written_side_by_side(store, monkeypatch):
+    original, both = disk_module.write_block, threading.Barrier(2)
+
+    def meet(*args):
+        both.wait(10)
+        original(*args)
+
+    monkeypatch.setattr(disk_module, "write_block", meet)
+    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    store.put_many({name: make_block(name) for name in "abcd"})
+    assert all(is_same(store[name], make_block(name)) for name in "abcd")
+    check_accounts(store)
+
+
 # Stored data is data
 
 
@@ -706,7 +720,7 @@ def test_reading_takes_no_lock_and_does_not_wait_for_a_writer(store):
 @pytest.fixture
 def many(store, monkeypatch):
     """A store with nine blocks that were not read yet, on a machine of four cores."""
-    monkeypatch.setattr(readers, "num_cores", lambda: 4)
+    monkeypatch.setattr(workers, "num_cores", lambda: 4)
     store.put_many({name: make_block(name) for name in "abcdefghi"})
     with reopened(store) as fresh:
         yield fresh

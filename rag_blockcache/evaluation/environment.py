@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rag_blockcache.model import Model
-from rag_blockcache.readers import num_cores
+from rag_blockcache.workers import num_cores
 
 _PACKAGES = ("rag_blockcache", "torch", "transformers")
 

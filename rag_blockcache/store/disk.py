@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rag_blockcache.errors import CorruptBlockError, InvalidInputError, OutOfSpaceError, StoreError
 from rag_blockcache.kv_states import BlockStates
-from rag_blockcache.readers import Readers
 from rag_blockcache.store.batches import NewBlock, Room, new_blocks, next_batch
 from rag_blockcache.store.block_directory import locked, open_directory
 from rag_blockcache.store.block_file import read_block, request_file, stored_bytes, write_block
@@ -22,6 +21,7 @@ from rag_blockcache.store.block_store import BlockStore
 from rag_blockcache.store.disk_errors import translated_errors
 from rag_blockcache.store.raw_disk import ForeignEntryError, StoredFile
 from rag_blockcache.store.stats import StoreStats
+from rag_blockcache.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -262,8 +262,8 @@ class DiskStore(BlockStore):
             request_file(self._index.path(names[block_id]))
         reads = {block_id: self._reading(block_id, name) for block_id, name in names.items()}
         found = {}
-        with Readers() as readers:
-            reads |= zip(new, readers.begin([reads[block_id] for block_id in new]), strict=True)
+        with Workers() as workers:
+            reads |= zip(new, workers.begin([reads[block_id] for block_id in new]), strict=True)
             for block_id, name in names.items():
                 with suppress(KeyError, CorruptBlockError):
                     found[block_id] = self._kept(block_id, name, reads[block_id])
@@ -309,12 +309,15 @@ class DiskStore(BlockStore):
         directory = self.directory
         with translated_errors(directory), locked(directory, exclusive=False), ExitStack() as undo:
             self._evict(sum(stored_bytes(block.states) for block in batch))
-            files = []
+            files, writes = [], []
             for block in batch:
                 name = self._index.new_name()
                 undo.callback(self._index.disk.remove, name)
-                write_block(self._index.path(name), block.block_id, block.states)
+                writes.append(partial(write_block, self._index.path(name), block.block_id, block.states))
                 files.append(StoredFile(block.block_id, name, stored_bytes(block.states), block.cost_seconds))
+            with Workers() as workers:  # which have ended before anything is undone
+                for written in workers.begin(writes):
+                    written()
             self._index.insert(files)
             undo.pop_all()
             self._evict(0)  # others may have written meanwhile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from rag_blockcache.store.device import DeviceStore
 from rag_blockcache.store.disk import DiskStore
 from rag_blockcache.store.memory import MemoryStore
 from rag_blockcache.store.stats import TieredStats
+from rag_blockcache.workers import Workers
 
 
 class TieredStore(BlockStore):
@@ -209,7 +211,10 @@ class TieredStore(BlockStore):
         """Copy blocks from the device, once for all tiers below it."""
         if self.device is None:
             return list(blocks)
-        return [(block_id, states.mapped(Tensor.cpu)) for block_id, states in blocks]
+        pairs = list(blocks)
+        with Workers() as workers:
+            copies = workers.begin([partial(states.mapped, Tensor.cpu) for _, states in pairs])
+            return [(block_id, copied()) for (block_id, _), copied in zip(pairs, copies, strict=True)]
 
     @property
     def _lowest(self) -> MemoryStore | DiskStore:
