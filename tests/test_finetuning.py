@@ -570,10 +570,10 @@ def test_states_have_no_distance_to_themselves_and_that_of_their_mean_is_one():
 def test_matching_states_teaches_blocks_what_full_attention_computes(folder, tmp_path):
     first = tmp_path / "first"
     finetune(recipe_in(folder, first, modes="full", steps=3, learning_rate=1e-2))
-    options = {"start_from": str(first), "distill": 1.0, "match_states": 1.0, "teacher": "start"}
+    options = {"start_from": str(first), "match_states": 1.0, "teacher": "start"}
     full = finetune(recipe_in(folder, tmp_path / "full", modes="full", steps=1, **options))
     assert abs(full.history[0]["loss_states"]) < 1e-8  # they are those of its teacher
-    options |= {"modes": "block", "steps": 12, "rows_per_step": 2, "learning_rate": 1e-3}
+    options |= {"modes": "block", "steps": 12, "rows_per_step": 2, "learning_rate": 1e-3, "distill": 1.0}
     blocks = finetune(recipe_in(folder, tmp_path / "blocks", **options))
     distances = [entry["loss_states"] for entry in blocks.history if "loss_states" in entry]
     assert len(distances) == 12

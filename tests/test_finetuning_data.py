@@ -472,9 +472,12 @@ def test_what_is_held_out_is_measured_as_it_stands_in_both_modes(tmp_path):
         ({"data": []}, "--data is missing"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"distill": 1.5}, "distill is 1.5; it lies between 0 and 1"),
+        ({"match_states": -1.0}, "match_states is -1.0; give 0, or a weight above it"),
+        ({"match_states": float("nan")}, "match_states is nan"),
         ({"modes": "both"}, "modes is 'both'; choose one of block\\+full, full, block"),
         ({"lora_rank": -1}, "lora_rank is -1"),
         ({"lora_rank": 0, "distill": 0.5}, "cannot teach"),
+        ({"lora_rank": 0, "match_states": 1.0}, "cannot teach"),
         ({"lora_rank": 0, "merge": True}, "no adapter to merge"),
     ],
 )
