@@ -14,7 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_blockcache.gpu.descriptions import Description, addresses, describe, rows_of, sizes_of
+from rag_blockcache.gpu.descriptions import (
+    Description,
+    addresses,
+    describe,
+    known_description,
+    rows_of,
+    sizes_of,
+)
 from rag_blockcache.kv_states import BlockStates
 
 logger = logging.getLogger(__name__)
@@ -48,7 +55,8 @@ def copies(blocks: Sequence[BlockStates], device: torch.device) -> list[BlockSta
         The copies, in order; without the last ones if the device has no memory for them.
     """
     found: list[BlockStates] = []
-    are_readable = all(describe(each, []).sizes is not None for each in blocks)
+    described = ((known_description(each) or describe(each, [])) for each in blocks)
+    are_readable = all(each.sizes is not None for each in described)
     with torch.cuda.device(device):
         try:
             if are_readable:
